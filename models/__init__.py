@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flax decoder models that keep their KV cache in any `CacheTransform`."""
+
+from kvq_jax.models.config import DecoderConfig
+from kvq_jax.models.decoder import Decoder, init_states
+from kvq_jax.models.hub import LoadedModel, load, load_decoder
+from kvq_jax.models.tokenizer import Tokenizer
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "LoadedModel",
+    "Tokenizer",
+    "init_states",
+    "load",
+    "load_decoder",
+]

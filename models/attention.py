@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention that keeps its keys and values in any `CacheTransform`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvq_jax.base import CacheTransform
+from kvq_jax.models.config import DecoderConfig
+from kvq_jax.models.layers import (
+    RMSNorm,
+    apply_rope,
+    linear,
+    matmul_precision,
+    rope_frequencies,
+)
+
+
+class Attention(nnx.Module):
+    """One layer's attention; keys enter the cache after rope."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        q_width = config.num_q_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+        qkv = {"use_bias": config.qkv_bias, "dtype": dtype, "rngs": rngs}
+        self.q_proj = linear(config.width, q_width, **qkv)
+        self.k_proj = linear(config.width, kv_width, **qkv)
+        self.v_proj = linear(config.width, kv_width, **qkv)
+        self.o_proj = linear(q_width, config.width, use_bias=config.o_bias, dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype)
+
+    def _project(
+        self, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
+    ) -> tuple[Array, Array, Array]:
+        """Returns q `[B, T, N, H]`, k and v `[B, T, K, H]`, with rope applied."""
+        batch_size, num_tokens, _ = x.shape
+        q, k, v = (
+            projection(x).reshape(batch_size, num_tokens, -1, self.config.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        frequencies = rope_frequencies(self.config)
+        return apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies), v
+
+    def _merge(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T M"]:
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        cache: CacheTransform,
+    ) -> tuple[Float[Array, "B T M"], Any]:
+        """Appends T tokens to the cache and attends to all it holds.
+
+        Args:
+          x: normalized hidden states.
+          positions: of the T tokens, for rope.
+          state: this layer's cache state.
+          cache: the transform the state belongs to.
+
+        Returns:
+          The attention output and the new state.
+        """
+        q, k, v = self._project(x, positions)
+        state = cache.append(state, k, v)
+        out = cache.attend(state, q, sliding_window=self.config.sliding_window)
+        return self._merge(out), state
+
+    def prefill(
+        self,
+        x: Float[Array, "B T M"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        cache: CacheTransform,
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T M"], Any]:
+        """Attends exactly within the prompt, then hands the prompt to an empty cache.
+
+        Arguments and results as in `__call__`, except:
+          lengths: valid tokens of each right-padded row. No mask is made of them: padding comes
+            after every valid token, so the causal mask hides it.
+        """
+        q, k, v = self._project(x, positions)
+        window = self.config.sliding_window
+        # jax.nn.dot_product_attention has no precision argument.
+        with jax.default_matmul_precision(matmul_precision(q.dtype)):
+            out = jax.nn.dot_product_attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                local_window_size=None if window is None else (window - 1, 0),
+            )
+        return self._merge(out), cache.prefill(state, k, v, q=q, lengths=lengths)

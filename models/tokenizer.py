@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, and chat templates."""
+
+import datetime
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+# tokenizer.ggml.pre -> how text is cut before byte-pair merges.
+_PRE_TOKENIZERS = {
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    ),
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+}
+# tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+class Tokenizer:
+    """A tokenizer with its chat template and stop tokens.
+
+    Attributes:
+      stop_ids: tokens that end an answer.
+      vocab_size: number of ids, added tokens included.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        stop_ids: Iterable[int] = (),
+    ):
+        """Wraps a tokenizer.
+
+        Args:
+          tokenizer: of the `tokenizers` library.
+          chat_template: Jinja source, or None for a model without chat.
+          special_tokens: what the template knows as `bos_token`, `eos_token` and so on.
+          stop_ids: tokens that end an answer.
+        """
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._special_tokens = dict(special_tokens or {})
+        self.stop_ids: tuple[int, ...] = tuple(sorted(set(stop_ids)))
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the ids of a text.
+
+        Args:
+          text: may contain special tokens such as `<|im_start|>`, which become one id.
+          add_special_tokens: put the model's begin-of-text token in front, if it has one. A
+            rendered chat template already contains it: pass False.
+        """
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Returns the text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id is not in the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            self._check(i)
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_stream(
+        self, ids: Iterable[int], *, skip_special_tokens: bool = False
+    ) -> Iterator[str]:
+        """Yields the text of ids as they come, never half a character.
+
+        A character may span tokens; its text is held back until it is whole. The pieces joined
+        are `decode` of all the ids.
+
+        Args:
+          ids: for instance a generator that decodes a model step by step.
+          skip_special_tokens: leave special tokens out of the text.
+
+        Raises:
+          ValueError: an id is not in the vocabulary.
+        """
+        stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
+        seen: list[int] = []
+        num_shown = 0
+        for i in ids:
+            seen.append(self._check(int(i)))
+            if piece := stream.step(self._tokenizer, seen[-1]):
+                num_shown += len(piece)
+                yield piece
+        if rest := self.decode(seen, skip_special_tokens=skip_special_tokens)[num_shown:]:
+            yield rest
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Renders a conversation as the text the model was trained on.
+
+        Args:
+          messages: each with "role" and "content".
+          add_generation_prompt: end with the start of the assistant's answer.
+          **variables: further variables of the template, such as `tools`.
+
+        Returns:
+          The text; encode it with `add_special_tokens=False`.
+
+        Raises:
+          ValueError: the model has no template, or the template is wrong or refuses the
+            messages.
+        """
+        if self._chat_template is None:
+            raise ValueError("this model has no chat template; write the prompt as plain text")
+        # Undefined variables and block trimming as in transformers, for which templates are
+        # written; a template is a stranger's program, hence the sandbox.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            return environment.from_string(self._chat_template).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+                **({"tools": None, "documents": None} | variables),
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template failed: {error}") from error
+
+    def _check(self, i: int) -> int:
+        if not 0 <= i < self.vocab_size:
+            raise ValueError(f"token id {i} is not in the vocabulary of {self.vocab_size}")
+        return i
+
+
+def tokenizer_from_folder(folder: Path) -> Tokenizer:
+    """Reads a Hugging Face folder's tokenizer.
+
+    Args:
+      folder: holds `tokenizer.json`, and usually `tokenizer_config.json`,
+        `generation_config.json` and `chat_template.jinja`.
+
+    Raises:
+      FileNotFoundError: there is no `tokenizer.json`.
+      ValueError: a file is damaged, or there is more than one template and none is the default.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: not there; load_decoder() loads a model without a tokenizer"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{path}: not a tokenizer ({error})") from error
+    settings = read_json(folder / "tokenizer_config.json")
+    special_tokens = {
+        key: value["content"] if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key.endswith("_token") and isinstance(value, str | dict)
+    }
+    stop_ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        stated = read_json(folder / name).get("eos_token_id")
+        stop_ids += [] if stated is None else stated if isinstance(stated, list) else [stated]
+    if (eos := special_tokens.get("eos_token")) is not None:
+        if (eos_id := tokenizer.token_to_id(eos)) is None:
+            raise ValueError(f"{folder}: eos_token {eos!r} is not in tokenizer.json")
+        stop_ids.append(eos_id)
+    template = folder / "chat_template.jinja"
+    return Tokenizer(
+        tokenizer,
+        chat_template=template.read_text(encoding="utf-8")
+        if template.is_file()
+        else _default_template(settings.get("chat_template"), folder),
+        special_tokens=special_tokens,
+        stop_ids=stop_ids,
+    )
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str) -> Tokenizer:
+    """Builds the tokenizer that a GGUF file describes.
+
+    Args:
+      metadata: the file's keys and values.
+      source: name of the file, for error messages.
+
+    Raises:
+      ValueError: a kind of tokenizer that is not implemented, or one that contradicts itself.
+    """
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"tokenizer.ggml.{key}", default)
+
+    if get("model") != "gpt2":
+        raise ValueError(f"{source}: tokenizer {get('model')!r} is not supported; supported: gpt2")
+    if (pre := get("pre")) not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"{source}: pre-tokenizer {pre!r} is not supported; supported: "
+            f"{', '.join(_PRE_TOKENIZERS)}; load the Hugging Face folder instead"
+        )
+    if get("add_space_prefix", False):
+        raise ValueError(f"{source}: tokenizer.ggml.add_space_prefix is not supported")
+    tokens, types, merges = get("tokens"), get("token_type"), get("merges")
+    if not tokens or not types or merges is None or len(tokens) != len(types):
+        raise ValueError(f"{source}: tokenizer.ggml.tokens, token_type or merges missing or short")
+    if odd := sorted(set(types) - {_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED}):
+        raise ValueError(f"{source}: tokenizer.ggml.token_type {odd} is not supported")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    try:
+        if len(vocabulary) != len(tokens):
+            raise ValueError("a token occurs twice")
+        # The library aborts the process on a merge of the wrong length.
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a merge is not a pair of tokens")
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{source}: bad tokenizer ({error})") from error
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, normalized=False, special=kind == _CONTROL)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    ids = {
+        name: get(f"{name}_token_id")
+        for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
+        if get(f"{name}_token_id") is not None
+    }
+    for name, i in ids.items():
+        if not 0 <= i < len(tokens):
+            raise ValueError(f"{source}: tokenizer.ggml.{name}_token_id {i} is not a token")
+    before = [name for name in ("bos",) if get("add_bos_token", False)]
+    after = [name for name in ("eos",) if get("add_eos_token", False)]
+    if missing := [name for name in before + after if name not in ids]:
+        raise ValueError(f"{source}: tokenizer.ggml.{missing[0]}_token_id is missing")
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[tokens[ids[name]] for name in before]
+            + ["$A"]
+            + [tokens[ids[name]] for name in after],
+            special_tokens=[(tokens[ids[name]], ids[name]) for name in before + after],
+        )
+    return Tokenizer(
+        tokenizer,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        special_tokens={
+            f"{name}_token": tokens[i] for name, i in ids.items() if name in ("bos", "eos")
+        },
+        stop_ids=[ids[name] for name in ("eos", "eot", "eom") if name in ids],
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, empty when there is no such file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return content
+
+
+def _default_template(template: Any, folder: Path) -> str | None:
+    """Returns the template; older files may hold a list of named ones."""
+    if template is None or isinstance(template, str):
+        return template
+    try:
+        return {entry["name"]: entry["template"] for entry in template}["default"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: tokenizer_config.json has no default template") from error
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own filter escapes for HTML.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
