@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention in plain XLA: blocks of codes are decoded in turn, with a running softmax.
+
+The loop runs over the blocks that hold tokens, not over the capacity, and a block's dense keys
+and values are all that exists at a time. Runs on every platform, for every codec.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvq_jax.base import KV, CodedSegment
+from kvq_jax.codecs.base import Codec
+from kvq_jax.kernels.decode_attention import plain
+
+# Not -inf: a block without a visible token would give -inf - -inf = NaN.
+MASKED = float(jnp.finfo(jnp.float32).min)
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    length: Int[Array, " B"],
+    dense: KV,
+    coded: CodedSegment | None,
+    key_codec: Codec | None,
+    value_codec: Codec | None,
+    *,
+    sm_scale: float,
+    sliding_window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Returns attention over both segments; see `api.decode_attention`."""
+    batch, num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads = dense.keys.shape[1]
+    # Query heads of a KV head and new tokens are one axis: rows of one matrix product.
+    rows = q.reshape(batch, num_tokens, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, num_kv_heads, -1, head_dim) * jnp.asarray(sm_scale, q.dtype)
+    at = length[:, None] - num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
+    at = jnp.tile(at, (1, num_q_heads // num_kv_heads))[:, None, :, None]  # [B, 1, rows, 1]
+
+    def update(carry, keys, values, positions):
+        top, total, out = carry
+        scores = _matmul("bkrh,bksh->bkrs", rows, keys)
+        distance = at - positions[:, :, None, :]
+        visible = (positions >= 0)[:, :, None, :] & (distance >= 0)
+        if sliding_window is not None:
+            visible &= distance < sliding_window
+        scores = jnp.where(visible, scores, MASKED)
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights = jnp.where(visible, jnp.exp(scores - new_top), 0)
+        decay = jnp.exp(top - new_top)
+        total = total * decay + weights.sum(-1, keepdims=True)
+        out = out * decay + _matmul("bkrs,bksh->bkrh", weights.astype(values.dtype), values)
+        return new_top, total, out
+
+    shape = rows.shape[:-1]
+    carry = (
+        jnp.full((*shape, 1), MASKED, jnp.float32),
+        jnp.zeros((*shape, 1), jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+    if coded is not None and coded.block_table.size:
+        carry = _over_coded(carry, update, coded, key_codec, value_codec, q.dtype)
+    _, total, out = _over_dense(carry, update, dense)
+    out = out / jnp.where(total == 0, 1, total)
+    out = out.reshape(batch, num_kv_heads, -1, num_tokens, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_codec, dtype):
+    batch, num_blocks = coded.block_table.shape
+
+    def read(i):
+        block = jax.lax.dynamic_slice_in_dim(coded.block_table, i, 1, axis=1)
+        return plain.read_blocks(coded, block, key_codec, value_codec, dtype)
+
+    size = jax.eval_shape(read, 0)[0].shape[2]
+
+    def body(i, carry):
+        keys, values, mask = read(i)
+        positions = jnp.where(mask, i * size + jnp.arange(size, dtype=jnp.int32), -1)
+        return update(carry, keys, values, positions)
+
+    used = jnp.minimum((coded.num_coded.max() + size - 1) // size, num_blocks)
+    return jax.lax.fori_loop(0, used, body, carry)
+
+
+def _over_dense(carry, update: Callable, dense: KV):
+    slots = dense.keys.shape[2]
+    size = plain.BLOCK_SIZE
+    if slots <= size:
+        return update(carry, *dense)
+
+    def body(i, carry):
+        # The last block of an odd capacity is moved back; what it repeats is masked.
+        start = jnp.minimum(i * size, slots - size)
+        block = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in dense]
+        fresh = start + jnp.arange(size) >= i * size
+        block[2] = jnp.where(fresh, block[2], -1)
+        return update(carry, *block)
+
+    occupied = jnp.where(dense.positions >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0)
+    return jax.lax.fori_loop(0, (occupied.max() + size - 1) // size, body, carry)
+
+
+def _matmul(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(
+        equation, x, y, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+    )

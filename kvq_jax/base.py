@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns of the library: shapes, state, and the five functions of a method.
+
+Dimension key, the same everywhere (the letters of `jax.nn.dot_product_attention`):
+
+    B  batch row            N  query heads                  L  layers
+    T  tokens in this call  K  key/value heads              M  model width
+    S  slots of the cache   G  query heads per KV head, N/K V  vocabulary
+                            H  head_dim
+
+Model-facing arrays are `B T K H`; stored arrays are `B K S H`, a head's tokens together.
+`capacity` counts slots, `length` counts valid tokens.
+"""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+State = Any
+"""One layer's cache: a NamedTuple pytree with a field `length: int32[B]`."""
+
+Code = Any
+"""A pytree that stands for a tensor; made and read by a `Codec`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """The static shape of one layer's cache.
+
+    Args:
+      batch_size: B, rows (slots of a serving batch).
+      num_kv_heads: K.
+      capacity: tokens a row must be able to hold. A method may round it up to whole
+        blocks; `CacheTransform.capacity` tells what a state really holds.
+      head_dim: H.
+      dtype: of keys, values and of what the cache keeps in full precision.
+    """
+
+    batch_size: int
+    num_kv_heads: int
+    capacity: int
+    head_dim: int
+    dtype: Any = jnp.bfloat16
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_kv_heads", "capacity", "head_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"CacheSpec: {name} must be a positive int, got {value!r}")
+        dtype = jnp.dtype(self.dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"CacheSpec: dtype must be a floating point type, got {dtype}")
+        object.__setattr__(self, "dtype", dtype)
+
+
+class KV(NamedTuple):
+    """Dense keys and values, in no particular order of tokens.
+
+    Attributes:
+      keys: `B K S H`.
+      values: `B K S H`.
+      positions: position of the token in its sequence, -1 where there is no token; `B K S`, or
+        `B 1 S` where all heads agree.
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    positions: Int[Array, "B k S"]
+
+    @property
+    def mask(self) -> Bool[Array, "B k S"]:
+        """True where a slot holds a token."""
+        return self.positions >= 0
+
+
+class CodedSegment(NamedTuple):
+    """The compressed past: codes of whole groups, in blocks of a fixed number of tokens.
+
+    The token at position p of row b lies in block `block_table[b, p // block_size]`. A *hole*
+    (a slot not written yet, or whose token is kept elsewhere) is a token without a value: its
+    value code is all zero. So an all-zero segment is an empty one, and no mask is stored.
+
+    Attributes:
+      keys: `Code` of the keys, each leaf `[num_blocks, K, groups per block, ...]`.
+      values: `Code` of the values, likewise.
+      block_table: the blocks of each row, in order.
+      num_coded: tokens coded so far; a multiple of the group size.
+    """
+
+    keys: Code
+    values: Code
+    block_table: Int[Array, "B M"]
+    num_coded: Int[Array, " B"]
+
+
+class CacheTransform(abc.ABC):
+    """A method of keeping keys and values: pure functions over one layer's state.
+
+    Instances are frozen dataclasses: they hash and compare by value, so they can be static
+    arguments of `jax.jit`. For every method, at all times:
+
+    - `attend(state, q)` equals dense attention over `read(state)`;
+    - the state depends on the tokens, not on how they were cut into calls;
+    - rows of the batch don't influence each other;
+    - structure, shapes and dtypes of the state never change.
+
+    Bad shapes, dtypes and arguments raise `ValueError`. What depends on the values of arrays
+    can only be checked outside `jax.jit`; there, keys or values that are not finite and tokens
+    beyond the capacity raise `ValueError` too. Under `jax.jit` neither is silent: a NaN or Inf
+    spreads to the row's output, and a row that was given more tokens than it holds attends to
+    NaN from then on.
+    """
+
+    @abc.abstractmethod
+    def init(self, spec: CacheSpec, layer: int | None = None) -> State:
+        """Returns an empty cache.
+
+        Args:
+          spec: its shape.
+          layer: index of the layer, for methods that treat layers differently; None asks for
+            what most layers get. Layers of one spec always have states of the same shape.
+        """
+
+    @abc.abstractmethod
+    def capacity(self, state: State) -> int:
+        """Returns the number of tokens a row of the state can hold, at least the spec's."""
+
+    @abc.abstractmethod
+    def prefill(
+        self,
+        state: State,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        q: Float[Array, "B T N H"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> State:
+        """Adds a right-padded batch of prompts.
+
+        Args:
+          state: the cache.
+          k: keys, as attention uses them (after rotary embedding).
+          v: values.
+          q: queries, for methods that look at them.
+          lengths: valid tokens of each row, 0 to T; None means T. What lies beyond is ignored.
+        """
+
+    @abc.abstractmethod
+    def append(
+        self, state: State, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> State:
+        """Adds T >= 1 tokens to every row."""
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        state: State,
+        q: Float[Array, "B T N H"],
+        *,
+        sm_scale: float | None = None,
+        sliding_window: int | None = None,
+        implementation: str | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Returns the attention output of the last T tokens, which `append` has added.
+
+        Args:
+          state: the cache, holding the T tokens.
+          q: their queries, in order; query t sees the tokens up to its own.
+          sm_scale: factor of the scores; None means 1/sqrt(H).
+          sliding_window: see only this many latest tokens, the query's own included.
+          implementation: as in `kvq_jax.decode_attention`.
+        """
+
+    @abc.abstractmethod
+    def read(self, state: State) -> KV:
+        """Returns all tokens dense, as attention sees them."""
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the bytes of all arrays of a state (or of any pytree of arrays or shapes)."""
+    return sum(_leaf_bytes(x) for x in jax.tree.leaves(tree))
+
+
+def nbytes_by_part(tree: Any) -> dict[str, int]:
+    """Returns the bytes of each array of a state, by its name such as `coded.keys.words`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): _leaf_bytes(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _leaf_bytes(x) -> int:
+    return int(np.prod(x.shape)) * x.dtype.itemsize
+
+
+def check_tokens(
+    transform: CacheTransform,
+    state: State,
+    k: Array,
+    v: Array,
+    spec: tuple[int, int, int],
+    dtype: Any,
+    lengths: Array | None = None,
+) -> None:
+    """Raises `ValueError` if k and v can't be added to the state.
+
+    Args:
+      transform: the state's method.
+      state: the cache.
+      k: keys, meant to be `B T K H`.
+      v: values, meant to be `B T K H`.
+      spec: the state's (batch_size, num_kv_heads, head_dim).
+      dtype: the state's.
+      lengths: valid tokens of each row of k and v; None means all.
+    """
+    batch_size, num_kv_heads, head_dim = spec
+    for name, x in (("k", k), ("v", v)):
+        b, t, *rest = x.shape if x.ndim == 4 else (0, 0)
+        if (b, *rest) != (batch_size, num_kv_heads, head_dim) or t < 1:
+            raise ValueError(
+                f"{name} must be [B={batch_size}, T>=1, K={num_kv_heads}, H={head_dim}] "
+                f"for this cache, got {x.shape}"
+            )
+        if x.dtype != dtype:
+            raise ValueError(f"this cache holds {dtype}, got {name} of {x.dtype}: cast it")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
+    num_tokens = k.shape[1]
+    if lengths is not None and (
+        lengths.shape != (batch_size,) or not jnp.issubdtype(lengths.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"lengths must be integers [B={batch_size}], got {lengths.dtype}{lengths.shape}"
+        )
+    if any(isinstance(x, jax.core.Tracer) for x in (k, v, lengths, state.length)):
+        return  # what follows needs values
+    new = np.full(batch_size, num_tokens) if lengths is None else np.asarray(lengths)
+    if new.min() < 0 or new.max() > num_tokens:
+        raise ValueError(f"lengths must be 0 to T={num_tokens}, got {new.tolist()}")
+    capacity = transform.capacity(state)
+    total = np.asarray(state.length) + new
+    if total.max() > capacity:
+        row = int(total.argmax())
+        raise ValueError(
+            f"row {row} would hold {total[row]} tokens, its capacity is {capacity}: "
+            "make the cache with a larger CacheSpec.capacity"
+        )
+    valid = np.arange(num_tokens) < new[:, None]
+    for name, x in (("k", k), ("v", v)):
+        finite = np.asarray(jnp.isfinite(x).all((2, 3)))
+        if not (finite | ~valid).all():
+            b, t = np.argwhere(~finite & valid)[0].tolist()
+            raise ValueError(f"{name} is not finite at row {b}, token {t}")

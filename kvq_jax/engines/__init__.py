@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines: caches made of codecs and a policy for tokens."""
+
+from kvq_jax.engines.outliers import OutlierTracer, PoolState
+from kvq_jax.engines.window import Window, WindowState
+
+__all__ = ["OutlierTracer", "PoolState", "Window", "WindowState"]

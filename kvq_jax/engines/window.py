@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache of a coded past and a recent window in full precision."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvq_jax.base import KV, CacheSpec, CacheTransform, CodedSegment, check_tokens
+from kvq_jax.codecs.base import Codec
+from kvq_jax.engines.outliers import OutlierTracer, PoolState
+from kvq_jax.kernels.decode_attention import decode_attention, plain
+from kvq_jax.kernels.decode_attention.api import concatenate
+
+
+class WindowState(NamedTuple):
+    """The state of a `Window`; D = pool slots + W, W = residual_length + group_size.
+
+    Attributes:
+      coded: the compressed past.
+      keys: dense slots: first the pools, if there are any, then the window as a ring, in which
+        the token at position p lies in slot p mod W.
+      values: likewise.
+      pool: what the tracer remembers; () without one.
+      length: tokens of each row.
+    """
+
+    coded: CodedSegment
+    keys: Float[Array, "B K D H"]
+    values: Float[Array, "B K D H"]
+    pool: PoolState | tuple[()]
+    length: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(CacheTransform):
+    """Keeps the latest tokens dense and codes the oldest group when their window is full.
+
+    A group is coded before the call's own tokens are written, and no earlier than its room is
+    needed. So after `length` tokens exactly
+
+        num_coded = group_size * ceil(max(0, length - W) / group_size)
+
+    of them are coded, W = residual_length + group_size, however they came; and the tokens of
+    a call of up to residual_length + 1 are all dense while that call attends to them.
+
+    Args:
+      key_codec: codec of a group's keys.
+      value_codec: codec of a group's values, with scales per token.
+      group_size: tokens coded at a time.
+      residual_length: latest tokens that stay dense at the least.
+      tracer: which tokens of a group to keep dense; None for none.
+    """
+
+    key_codec: Codec
+    value_codec: Codec
+    group_size: int
+    residual_length: int
+    tracer: OutlierTracer | None = None
+
+    def __post_init__(self):
+        if self.residual_length < 0:
+            raise ValueError(f"residual_length must be at least 0, got {self.residual_length}")
+
+    def init(self, spec: CacheSpec, layer: int | None = None) -> WindowState:
+        """Returns an empty cache; see `CacheTransform.init`."""
+        slots = (spec.batch_size, spec.num_kv_heads, self._pool_slots + self._window, spec.head_dim)
+        return WindowState(
+            coded=plain.init(
+                spec,
+                self.key_codec,
+                self.value_codec,
+                self.group_size,
+                num_tokens=max(0, spec.capacity - self._window),
+            ),
+            keys=jnp.zeros(slots, spec.dtype),
+            values=jnp.zeros(slots, spec.dtype),
+            pool=self.tracer.init(spec, layer) if self.tracer else (),
+            length=jnp.zeros(spec.batch_size, jnp.int32),
+        )
+
+    def capacity(self, state: WindowState) -> int:
+        """Returns the tokens a row can hold: whole blocks of codes and the window."""
+        coded = state.coded
+        if not coded.block_table.size:
+            return self._window
+        size = plain.block_size(coded, self.group_size)
+        return coded.block_table.shape[1] * size + self._window
+
+    def prefill(
+        self,
+        state: WindowState,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        q: Float[Array, "B T N H"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> WindowState:
+        """Adds a right-padded batch of prompts; see `CacheTransform.prefill`."""
+        del q
+        return self._extend(state, k, v, lengths)
+
+    def append(
+        self, state: WindowState, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> WindowState:
+        """Adds T tokens to every row; see `CacheTransform.append`."""
+        return self._extend(state, k, v, None)
+
+    def attend(
+        self,
+        state: WindowState,
+        q: Float[Array, "B T N H"],
+        *,
+        sm_scale: float | None = None,
+        sliding_window: int | None = None,
+        implementation: str | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Returns the attention output of the last T tokens; see `CacheTransform.attend`."""
+        out = decode_attention(
+            q,
+            state.length,
+            self._dense(state),
+            state.coded,
+            key_codec=self.key_codec,
+            value_codec=self.value_codec,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            implementation=implementation,
+        )
+        overflow = state.length > self.capacity(state)
+        return jnp.where(overflow[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+
+    def read(self, state: WindowState) -> KV:
+        """Returns all tokens dense; see `CacheTransform.read`."""
+        dense = self._dense(state)
+        if not state.coded.block_table.size:
+            return concatenate(dense)
+        coded = plain.read(state.coded, self.key_codec, self.value_codec, dense.keys.dtype)
+        return concatenate(coded, dense)
+
+    @property
+    def _window(self) -> int:
+        return self.residual_length + self.group_size
+
+    @property
+    def _pool_slots(self) -> int:
+        return self.tracer.num_slots if self.tracer else 0
+
+    def _dense(self, state: WindowState) -> KV:
+        """Returns the dense slots with the positions of what they hold."""
+        last = state.length[:, None] - 1
+        slot = jnp.arange(self._window, dtype=jnp.int32)
+        positions = last - (last - slot) % self._window  # the latest one of that slot
+        positions = jnp.where(positions >= state.coded.num_coded[:, None], positions, -1)
+        positions = positions[:, None]
+        if isinstance(state.pool, PoolState):
+            heads = state.pool.positions.shape[:2]
+            positions = jnp.broadcast_to(positions, (*heads, self._window))
+            positions = jnp.concatenate([state.pool.positions, positions], -1)
+        return KV(state.keys, state.values, positions)
+
+    def _extend(self, state: WindowState, k: Array, v: Array, lengths: Array | None) -> WindowState:
+        batch, num_heads, _, head_dim = state.keys.shape
+        shape = (batch, num_heads, head_dim)
+        check_tokens(self, state, k, v, shape, state.keys.dtype, lengths)
+        k, v = (x.swapaxes(1, 2) for x in (k, v))
+        num_tokens = k.shape[2]
+        new = jnp.full(batch, num_tokens) if lengths is None else lengths
+        new = new.astype(jnp.int32)
+        length = state.length + new
+        excess = jnp.maximum(length - state.coded.num_coded - self._window, 0)
+        num_groups = (excess + self.group_size - 1) // self.group_size
+        if num_tokens <= self.group_size:  # then no row needs more than one
+            state = self._code_group(state, k, v, num_groups > 0)
+        else:
+            state = jax.lax.fori_loop(
+                0,
+                num_groups.max(),
+                lambda i, state: self._code_group(state, k, v, i < num_groups),
+                state,
+            )
+        # Into the ring goes what is valid and not coded already.
+        index = jnp.arange(num_tokens, dtype=jnp.int32)
+        positions = state.length[:, None] + index
+        write = (index < new[:, None]) & (positions >= state.coded.num_coded[:, None])
+        slot = self._pool_slots + positions % self._window
+        slot = jnp.where(write, slot, state.keys.shape[2])  # such a write is dropped
+        row = jnp.arange(batch)[:, None]
+        keys, values = (
+            ring.at[row, :, slot].set(x.swapaxes(1, 2), mode="drop")
+            for ring, x in ((state.keys, k), (state.values, v))
+        )
+        return state._replace(keys=keys, values=values, length=length)
+
+    def _code_group(
+        self, state: WindowState, k: Array, v: Array, where: Bool[Array, " B"]
+    ) -> WindowState:
+        """Codes the oldest group of the chosen rows, from the window or the new tokens."""
+        positions = state.coded.num_coded[:, None] + jnp.arange(self.group_size, dtype=jnp.int32)
+        slot = self._pool_slots + positions % self._window
+        index = (positions - state.length[:, None]).clip(0, k.shape[2] - 1)
+        old = (positions < state.length[:, None])[:, None, :, None]
+
+        def gather(ring: Array, new: Array) -> Array:
+            old_tokens = jnp.take_along_axis(ring, slot[:, None, :, None], axis=2)
+            new_tokens = jnp.take_along_axis(new, index[:, None, :, None], axis=2)
+            return jnp.where(old, old_tokens, new_tokens)
+
+        def encode(pool_slots):
+            keys, values = gather(state.keys, k), gather(state.values, v)
+            group, pool, mask = KV(keys, values, positions[:, None]), state.pool, None
+            if self.tracer and isinstance(pool, PoolState):
+                pool, *pool_slots, group = self.tracer.trace(pool, *pool_slots, group, where)
+                mask = group.mask
+            codes = (self.key_codec.encode(group.keys), self.value_codec.encode(values, mask))
+            return codes, pool, tuple(pool_slots)
+
+        # Only small arrays come out of the conditional: the codes are written outside of it,
+        # in place, where a conditional would copy the cache.
+        pool_slots = tuple(x[:, :, : self._pool_slots] for x in (state.keys, state.values))
+        blank = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(encode, pool_slots)[0]
+        )
+        codes, pool, pool_slots = jax.lax.cond(
+            where.any(), encode, lambda pool_slots: (blank, state.pool, pool_slots), pool_slots
+        )
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(x, pooled, 0, axis=2)
+            for x, pooled in zip((state.keys, state.values), pool_slots, strict=True)
+        )
+        coded = plain.write_group(state.coded, *codes, self.group_size, where)
+        return state._replace(coded=coded, keys=keys, values=values, pool=pool)

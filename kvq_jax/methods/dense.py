@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No compression: every token as it came.
+
+Idea: the baseline that all others are measured against, and the cache of a model whose
+attention they can't serve.
+
+Parts: one dense segment; attention reads it in blocks, so that unused capacity costs nothing.
+
+Bytes of a state with capacity C in a dtype of d bytes: 2 K H C d, and 4 for each row's length.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvq_jax.base import KV, CacheSpec, CacheTransform, check_tokens
+from kvq_jax.kernels.decode_attention import decode_attention
+
+
+class DenseState(NamedTuple):
+    """The state of `dense`: the token at position p lies in slot p."""
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    length: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(CacheTransform):
+    """See `dense`."""
+
+    def init(self, spec: CacheSpec, layer: int | None = None) -> DenseState:
+        """Returns an empty cache; see `CacheTransform.init`."""
+        del layer
+        shape = (spec.batch_size, spec.num_kv_heads, spec.capacity, spec.head_dim)
+        return DenseState(
+            keys=jnp.zeros(shape, spec.dtype),
+            values=jnp.zeros(shape, spec.dtype),
+            length=jnp.zeros(spec.batch_size, jnp.int32),
+        )
+
+    def capacity(self, state: DenseState) -> int:
+        """Returns the slots of a row."""
+        return state.keys.shape[2]
+
+    def prefill(
+        self,
+        state: DenseState,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        q: Float[Array, "B T N H"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> DenseState:
+        """Adds a right-padded batch of prompts; see `CacheTransform.prefill`."""
+        del q
+        return self._extend(state, k, v, lengths)
+
+    def append(
+        self, state: DenseState, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> DenseState:
+        """Adds T tokens to every row; see `CacheTransform.append`."""
+        return self._extend(state, k, v, None)
+
+    def attend(
+        self,
+        state: DenseState,
+        q: Float[Array, "B T N H"],
+        *,
+        sm_scale: float | None = None,
+        sliding_window: int | None = None,
+        implementation: str | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Returns the attention output of the last T tokens; see `CacheTransform.attend`."""
+        out = decode_attention(
+            q,
+            state.length,
+            self.read(state),
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            implementation=implementation,
+        )
+        overflow = state.length > self.capacity(state)
+        return jnp.where(overflow[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+
+    def read(self, state: DenseState) -> KV:
+        """Returns all tokens; see `CacheTransform.read`."""
+        slot = jnp.arange(self.capacity(state), dtype=jnp.int32)
+        positions = jnp.where(slot < state.length[:, None], slot, -1)
+        return KV(state.keys, state.values, positions[:, None])
+
+    def _extend(self, state: DenseState, k: Array, v: Array, lengths: Array | None) -> DenseState:
+        batch, num_heads, capacity, head_dim = state.keys.shape
+        check_tokens(self, state, k, v, (batch, num_heads, head_dim), state.keys.dtype, lengths)
+        num_tokens = k.shape[1]
+        new = jnp.full(batch, num_tokens) if lengths is None else lengths
+        index = jnp.arange(num_tokens, dtype=jnp.int32)
+        slot = jnp.where(index < new[:, None], state.length[:, None] + index, capacity)
+        row = jnp.arange(batch)[:, None]
+        return DenseState(
+            keys=state.keys.at[row, :, slot].set(k, mode="drop"),
+            values=state.values.at[row, :, slot].set(v, mode="drop"),
+            length=state.length + new.astype(jnp.int32),
+        )
+
+
+def dense() -> Dense:
+    """Returns the method that keeps every token in full precision."""
+    return Dense()
