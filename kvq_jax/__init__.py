@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV-cache quantization for JAX."""
+"""KV-cache quantization for JAX.
+
+The core needs jax and numpy. `models`, `generate` and `Sampling` bring Flax in and are imported
+when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from kvq_jax.base import (
     KV,
@@ -14,20 +21,45 @@ from kvq_jax.kernels.decode_attention import decode_attention
 from kvq_jax.methods import dense, kivi, ott, sink
 from kvq_jax.rows import insert_row, select_rows
 
+if TYPE_CHECKING:
+    from kvq_jax import models
+    from kvq_jax.generate import Generation, generate
+    from kvq_jax.sampling import Sampling
+
 __all__ = [
     "KV",
     "CacheSpec",
     "CacheTransform",
     "CodedSegment",
+    "Generation",
     "OutlierTracer",
+    "Sampling",
     "Window",
     "decode_attention",
     "dense",
+    "generate",
     "insert_row",
     "kivi",
+    "models",
     "nbytes",
     "nbytes_by_part",
     "ott",
     "select_rows",
     "sink",
 ]
+
+_LAZY = {
+    "models": "kvq_jax.models",
+    "generate": "kvq_jax.generate",
+    "Generation": "kvq_jax.generate",
+    "Sampling": "kvq_jax.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if name == "models" else getattr(module, name)
+    globals()[name] = value  # also hides the submodule of the same name
+    return value

@@ -151,9 +151,7 @@ class CacheTransform(abc.ABC):
         """
 
     @abc.abstractmethod
-    def append(
-        self, state: State, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-    ) -> State:
+    def append(self, state: State, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> State:
         """Adds T >= 1 tokens to every row."""
 
     @abc.abstractmethod
@@ -179,6 +177,20 @@ class CacheTransform(abc.ABC):
     @abc.abstractmethod
     def read(self, state: State) -> KV:
         """Returns all tokens dense, as attention sees them."""
+
+    def exact_calls(self, num_tokens: int) -> list[int]:
+        """Cuts a sequence into calls of `append` that are as good as single tokens.
+
+        With these sizes, `append` and `attend` of a call give each of its tokens what it would
+        have got had the tokens come one by one: for measuring a cache on a given text quickly.
+
+        Args:
+          num_tokens: of the sequence, from an empty cache.
+
+        Returns:
+          Sizes of the calls, in order.
+        """
+        return [1] * num_tokens
 
 
 def nbytes(tree: Any) -> int:

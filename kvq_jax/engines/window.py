@@ -2,7 +2,6 @@
 """A cache of a coded past and a recent window in full precision."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -140,6 +139,12 @@ class Window(CacheTransform):
             return concatenate(dense)
         coded = plain.read(state.coded, self.key_codec, self.value_codec, dense.keys.dtype)
         return concatenate(coded, dense)
+
+    def exact_calls(self, num_tokens: int) -> list[int]:
+        """Cuts where a group is coded; see `CacheTransform`."""
+        first = min(self._window, num_tokens)
+        full, rest = divmod(num_tokens - first, self.group_size)
+        return [first] + [self.group_size] * full + [rest] * (rest > 0)
 
     @property
     def _window(self) -> int:

@@ -91,6 +91,11 @@ class Dense(CacheTransform):
         positions = jnp.where(slot < state.length[:, None], slot, -1)
         return KV(state.keys, state.values, positions[:, None])
 
+    def exact_calls(self, num_tokens: int) -> list[int]:
+        """Cuts as it likes: attention of T tokens is causal; see `CacheTransform`."""
+        full, rest = divmod(num_tokens, 128)
+        return [128] * full + [rest] * (rest > 0)
+
     def _extend(self, state: DenseState, k: Array, v: Array, lengths: Array | None) -> DenseState:
         batch, num_heads, capacity, head_dim = state.keys.shape
         check_tokens(self, state, k, v, (batch, num_heads, head_dim), state.keys.dtype, lengths)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding text with any model and any cache."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvq_jax.base import CacheTransform
+from kvq_jax.methods import dense, ott
+from kvq_jax.models import Decoder, LoadedModel, init_states
+from kvq_jax.sampling import Sampling, sample
+
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+
+CAPACITY_STEP = 512
+"""Capacity is rounded up to this many tokens, so that few lengths compile anew."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: new tokens of each row, a stop token that ended it included.
+      texts: their text, special tokens left out; None for a model without a tokenizer.
+      states: the cache of each layer at the end.
+      prefill_seconds: time until the first token, compilation included if there was any.
+      tokens_per_second: of all rows together, from the second decode step on; the first may
+        compile. NaN if there was no second one.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    states: tuple[Any, ...]
+    prefill_seconds: float
+    tokens_per_second: float
+
+
+def generate(
+    model: LoadedModel | Decoder,
+    prompts: Prompts,
+    *,
+    method: CacheTransform | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    capacity: int | None = None,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
+) -> Generation:
+    """Decodes a batch of prompts of any lengths.
+
+    Prompts are padded to a bucket of lengths (`bucket`) and the cache to a multiple of 512
+    tokens; each pair of sizes compiles once for a method, whatever the prompts.
+
+    Args:
+      model: from `kvq_jax.models.load`, or a bare decoder, which takes prompts of token ids.
+      prompts: texts or lists of token ids; one text is a batch of one.
+      method: how keys and values are kept; None takes `kvq_jax.ott()`.
+      max_new_tokens: of each row.
+      sampling: how tokens are drawn; None takes the most likely.
+      seed: of the draws.
+      stop_tokens: token ids that end a row, or a list of them for each row; None takes the
+        tokenizer's, () none.
+      capacity: tokens a row of the cache can hold; None takes what is needed.
+      on_tokens: called after each step with its new tokens, `int32[B]`, -1 for a row that has
+        ended; for printing as they come.
+
+    Raises:
+      ValueError: for an empty prompt, a token id outside the vocabulary, a capacity that does
+        not suffice and other arguments out of range.
+      FloatingPointError: if the logits of a row are not finite.
+    """
+    decoder = model.decoder if isinstance(model, LoadedModel) else model
+    tokenizer = model.tokenizer if isinstance(model, LoadedModel) else None
+    ids = _token_ids(prompts, tokenizer, decoder.config.vocab_size)
+    if stop_tokens is None:
+        stop_tokens = tokenizer.stop_ids if tokenizer else ()
+    stops = _stop_sets(stop_tokens, len(ids))
+    method = ott() if method is None else method
+    sampling = Sampling() if sampling is None else sampling
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    # The last new token is returned, not fed back.
+    needed = max(map(len, ids)) + max_new_tokens - 1
+    if capacity is None:
+        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+    if capacity < needed:
+        raise ValueError(
+            f"a prompt of {max(map(len, ids))} tokens and {max_new_tokens} new ones need a "
+            f"capacity of {needed}, got {capacity}"
+        )
+
+    start = time.perf_counter()
+    step = decode_step(decoder, method)
+    draw = jax.jit(sample, static_argnums=1)
+    key = jax.random.key(seed)
+    states = init_states(decoder.config, method, len(ids), capacity, decoder.dtype)
+    logits, states = prefill_step(decoder, method)(states, *pad(ids))
+    tokens: list[list[int]] = [[] for _ in ids]
+    done = np.zeros(len(ids), bool)
+    marks = []
+    for i in range(max_new_tokens):
+        new = draw(logits, sampling, jax.random.fold_in(key, i))
+        shown = np.where(done, -1, np.asarray(new))
+        _check_finite(logits, ~done, i)
+        marks.append(time.perf_counter())
+        for row, token in enumerate(shown.tolist()):
+            if not done[row]:
+                tokens[row].append(token)
+                done[row] = token in stops[row]
+        if on_tokens:
+            on_tokens(shown)
+        if done.all() or i == max_new_tokens - 1:
+            break
+        logits, states = step(states, new[:, None])
+    # Marks 0 and 1 are the prefill's token and that of the first step.
+    timed = sum(max(0, len(row) - 2) for row in tokens)
+    return Generation(
+        tokens=tokens,
+        texts=[tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+        if tokenizer
+        else None,
+        states=states,
+        prefill_seconds=marks[0] - start,
+        tokens_per_second=timed / (marks[-1] - marks[1]) if timed else float("nan"),
+    )
+
+
+class Padded(NamedTuple):
+    """Right-padded prompts: tokens `int32[B, T]` and lengths `int32[B]`."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def pad(ids: Sequence[Sequence[int]]) -> Padded:
+    """Pads prompts to the bucket of the longest."""
+    lengths = np.array([len(row) for row in ids], np.int32)
+    tokens = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
+    for row, content in enumerate(ids):
+        tokens[row, : len(content)] = content
+    return Padded(tokens, lengths)
+
+
+def bucket(length: int) -> int:
+    """Returns the padded length of a prompt: a power of two from 64, or whole 1024s above."""
+    if length > 1024:
+        return -(-length // 1024) * 1024
+    return max(64, 1 << (length - 1).bit_length())
+
+
+def prefill_step(decoder: Decoder, method: CacheTransform) -> Callable:
+    """Returns a jitted (states, tokens `B T`, lengths `B`) -> (last logits `B V`, states).
+
+    The states are donated.
+    """
+    graph, params = _split(decoder)
+    run = _jitted(graph, method)[0]
+    return lambda states, tokens, lengths: run(params, states, tokens, lengths)
+
+
+def decode_step(decoder: Decoder, method: CacheTransform) -> Callable:
+    """Returns a jitted (states, tokens `B T`) -> (logits of the last token `B V`, states).
+
+    The states are donated: the cache is updated in place.
+    """
+    graph, params = _split(decoder)
+    run = _jitted(graph, method)[1]
+    return lambda states, tokens: run(params, states, tokens)
+
+
+def dense_nbytes(decoder: Decoder, batch_size: int, capacity: int, dtype: Any) -> int:
+    """Returns the bytes of a dense cache, without making one."""
+    from kvq_jax.base import nbytes
+
+    init = functools.partial(init_states, decoder.config, dense(), batch_size, capacity, dtype)
+    return nbytes(jax.eval_shape(init))
+
+
+class _Graph(NamedTuple):
+    """A decoder without its arrays; hashable."""
+
+    definition: Any
+    params: Any
+
+
+def _split(decoder: Decoder) -> tuple[_Graph, list[jax.Array]]:
+    # A flat list of arrays is what jit dispatches fastest, 30 layers at a time.
+    definition, state = nnx.split(decoder)
+    params, structure = jax.tree.flatten(state)
+    return _Graph(definition, structure), params
+
+
+@functools.lru_cache(maxsize=32)
+def _jitted(graph: _Graph, method: CacheTransform) -> tuple[Callable, Callable]:
+    def merge(params) -> Decoder:
+        return nnx.merge(graph.definition, jax.tree.unflatten(graph.params, params))
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def prefill(params, states, tokens, lengths):
+        decoder = merge(params)
+        hidden, states = decoder.prefill(tokens, states, method, lengths=lengths)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return decoder.logits(last), states
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def decode(params, states, tokens):
+        decoder = merge(params)
+        hidden, states = decoder(tokens, states, method)
+        return decoder.logits(hidden[:, -1]), states
+
+    return prefill, decode
+
+
+def _token_ids(prompts: Prompts, tokenizer, vocab_size: int) -> list[list[int]]:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one")
+    ids = []
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError("a bare decoder takes prompts of token ids, not texts")
+            prompt = tokenizer.encode(prompt)
+        prompt = [int(i) for i in prompt]
+        if not prompt:
+            raise ValueError(f"prompt {row} has no tokens")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            wrong = next(i for i in prompt if not 0 <= i < vocab_size)
+            raise ValueError(f"prompt {row}: token id {wrong} is not in 0 to {vocab_size - 1}")
+        ids.append(prompt)
+    return ids
+
+
+def _stop_sets(stop_tokens, batch_size: int) -> list[set[int]]:
+    stop_tokens = list(stop_tokens)
+    if not stop_tokens or isinstance(stop_tokens[0], int):
+        return [set(stop_tokens)] * batch_size
+    if len(stop_tokens) != batch_size:
+        raise ValueError(f"{len(stop_tokens)} lists of stop tokens for {batch_size} prompts")
+    return [set(row) for row in stop_tokens]
+
+
+def _check_finite(logits: jax.Array, active: np.ndarray, step: int) -> None:
+    finite = np.asarray(jnp.isfinite(logits).all(-1))
+    if not (finite | ~active).all():
+        row = int(np.argmin(finite | ~active))
+        raise FloatingPointError(
+            f"the logits of row {row} are not finite at new token {step}: "
+            "the model's weights or the dtype's range do not bear this prompt"
+        )

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache costs: quality against the dense cache, and bits."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from kvq_jax.base import CacheSpec, CacheTransform, nbytes
+from kvq_jax.methods import dense
+from kvq_jax.models import Decoder, DecoderConfig, init_states
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How a cache predicts a text.
+
+    Attributes:
+      bits_per_element: bytes of the whole state with bfloat16 dense parts, at the context's
+        capacity, over the number of keys and values.
+      context: tokens of a window.
+      tokens: predictions that were scored.
+      perplexity: of the text.
+      kl: mean KL(dense cache || this cache) of the next-token distribution, in nats.
+      kl_stderr: standard error of kl, predictions taken as independent.
+      kl_p99: 99th percentile.
+      top1: share of predictions whose most likely token is that of the dense cache.
+    """
+
+    bits_per_element: float
+    context: int
+    tokens: int
+    perplexity: float
+    kl: float
+    kl_stderr: float
+    kl_p99: float
+    top1: float
+
+
+def evaluate(
+    decoder: Decoder,
+    windows: Int[Array, "B T"] | np.ndarray,
+    methods: dict[str, CacheTransform],
+    *,
+    skip: int = 128,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Quality]:
+    """Measures the prediction of each next token of some windows of text, as when decoding.
+
+    Every token attends to the cache as it stood when the token came: what the method had coded
+    by then is read from its codes. Tokens go through in calls of the sizes that
+    `CacheTransform.exact_calls` gives, which changes nothing but the speed.
+
+    Args:
+      decoder: the model.
+      windows: token ids, one window a row.
+      methods: by name.
+      skip: predictions at the start of a window that are not scored, since most methods have
+        coded nothing then.
+      on_progress: called with (method or "dense", tokens done, tokens of a window).
+    """
+    windows = np.asarray(windows, np.int32)
+    num_windows, context = windows.shape
+    if context - 1 <= skip:
+        raise ValueError(f"windows of {context} tokens leave nothing to score after skip={skip}")
+    graph, state = nnx.split(decoder)
+
+    def hidden_states(name: str, method: CacheTransform) -> Array:
+        @functools.partial(jax.jit, donate_argnums=1)
+        def step(state, cache, tokens):
+            return nnx.merge(graph, state)(tokens, cache, method)
+
+        cache = init_states(decoder.config, method, num_windows, context, decoder.dtype)
+        parts, start = [], 0
+        for size in method.exact_calls(context - 1):
+            hidden, cache = step(state, cache, windows[:, start : start + size])
+            parts.append(hidden.block_until_ready())
+            start += size
+            if on_progress:
+                on_progress(name, start, context - 1)
+        return jnp.concatenate(parts, axis=1)
+
+    @jax.jit
+    def compare(state, reference, hidden, targets):
+        decoder = nnx.merge(graph, state)
+        p, q = (jax.nn.log_softmax(decoder.logits(x)) for x in (reference, hidden))
+        nll = -jnp.take_along_axis(q, targets[..., None], -1)[..., 0]
+        return nll, (jnp.exp(p) * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
+
+    reference = hidden_states("dense", dense())
+    results = {}
+    for name, method in methods.items():
+        hidden = reference if method == dense() else hidden_states(name, method)
+        parts = []
+        for start in range(skip, context - 1, 128):  # logits of a few tokens at a time
+            part = slice(start, min(start + 128, context - 1))
+            targets = windows[:, part.start + 1 : part.stop + 1]
+            parts.append(compare(state, reference[:, part], hidden[:, part], targets))
+        nll, kl, same = (np.concatenate(x, axis=1, dtype=np.float64) for x in zip(*parts))
+        results[name] = Quality(
+            bits_per_element=bits_per_element(method, decoder.config, context),
+            context=context,
+            tokens=nll.size,
+            perplexity=float(np.exp(nll.mean())),
+            kl=float(kl.mean()),
+            kl_stderr=float(kl.std() / np.sqrt(kl.size)),
+            kl_p99=float(np.quantile(kl, 0.99)),
+            top1=float(same.mean()),
+        )
+    return results
+
+
+def evenly_spread(tokens: Sequence[int], context: int, num_windows: int) -> np.ndarray:
+    """Returns windows of a text, `int32[num_windows, context]`, from its start to its end."""
+    if len(tokens) < context or num_windows < 1:
+        raise ValueError(
+            f"{num_windows} windows of {context} tokens can't be cut from {len(tokens)} tokens"
+        )
+    starts = np.linspace(0, len(tokens) - context, num_windows).astype(int)
+    return np.stack([np.asarray(tokens[i : i + context], np.int32) for i in starts])
+
+
+def bits_per_element(method: CacheTransform, config: DecoderConfig, length: int) -> float:
+    """Returns the bits of a state over its keys and values, everything counted.
+
+    Args:
+      method: the method.
+      config: of the model.
+      length: capacity of the cache; its dense parts are bfloat16.
+    """
+    spec = CacheSpec(1, config.num_kv_heads, length, config.head_dim, jnp.bfloat16)
+    state = jax.eval_shape(functools.partial(method.init, spec))
+    return 8 * nbytes(state) / (2 * config.num_kv_heads * config.head_dim * length)
