@@ -31,6 +31,12 @@ class Decoder(nnx.Module):
     Layers are separate modules in a Python loop and each has its own cache state: a scan over
     stacked weights makes XLA:CPU copy every layer's weights in every step.
 
+    A decoder is a pytree and may be passed to `jax.jit`; but JAX takes it apart anew in each
+    call, 4 ms for 30 layers. A loop over single steps should do it once:
+
+        leaves, treedef = jax.tree.flatten(decoder)
+        step = jax.jit(lambda leaves, *args: jax.tree.unflatten(treedef, leaves)(*args))
+
     Attributes:
       config: the sizes.
       dtype: of weights and activations; norms, rope and softmax compute in float32.
@@ -91,7 +97,7 @@ class Decoder(nnx.Module):
         """Runs a whole prompt with exact attention and fills empty states with it.
 
         Args:
-          tokens: prompts, right-padded with any id of the vocabulary.
+          tokens: prompts, right-padded with anything.
           states: empty states, as `init_states` returns them.
           cache: the transform the states belong to; static under jit.
           lengths: valid tokens of each row; None means all T.
@@ -101,6 +107,9 @@ class Decoder(nnx.Module):
           row b is `hidden[b, lengths[b] - 1]`.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if lengths is not None:
+            # Any valid id will do; an invalid one is NaN, which no mask removes from a sum.
+            tokens = jnp.where(positions < lengths[:, None], tokens, jnp.zeros_like(tokens))
         x = self._embed(tokens)
         new_states = []
         for layer, state in zip(self.layers, states, strict=True):

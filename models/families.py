@@ -5,9 +5,9 @@ A key or a value that is not listed here is refused by name: a switch we do not 
 the arithmetic, and a model that is nearly right is worse than none.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ _HARMLESS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Family:
     """How one Hugging Face architecture is configured.
 
@@ -93,10 +93,10 @@ class Family:
     """
 
     model_type: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    biases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    accepted: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
 
 
@@ -175,7 +175,7 @@ def config_from_hugging_face(config: Mapping[str, Any], *, source: str) -> Decod
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"{source}: 'architectures' must name one architecture: {architectures!r}")
-    (architecture,) = architectures
+    architecture = str(architectures[0])
     if architecture not in FAMILIES:
         raise ValueError(
             f"{source}: architecture {architecture!r} is not supported; "
@@ -217,21 +217,20 @@ def config_from_hugging_face(config: Mapping[str, Any], *, source: str) -> Decod
     fields = {ours: values[key] for key, ours in _FIELDS.items()}
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_q_heads"]
-    fields["head_dim"] = values.get("head_dim") or _head_dim(fields, source)
+    fields["head_dim"] = values.get("head_dim")
+    if fields["head_dim"] is None:
+        fields["head_dim"] = _head_dim(fields, source)
     if "sliding_window" in family.defaults:
         fields["sliding_window"] = values["sliding_window"]
-    _check_layer_types(values.get("layer_types"), fields, source)
     for key, switches in family.biases.items():
         fields |= dict.fromkeys(switches, values.get(key, False))
+    fields["tie_embeddings"] = values.get("tie_word_embeddings", False)
     try:
-        return DecoderConfig(
-            **fields,
-            **family.fixed,
-            **_rope(config, fields["head_dim"], source),
-            tie_embeddings=values.get("tie_word_embeddings", False),
-        )
+        decoder_config = _decoder_config(fields | family.fixed | _rope(config, fields["head_dim"]))
+        _check_layer_types(values.get("layer_types"), decoder_config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    return decoder_config
 
 
 def config_from_gguf(
@@ -269,9 +268,7 @@ def config_from_gguf(
         )
     prefix = f"{architecture}."
     values = {
-        key.removeprefix(prefix): value
-        for key, value in metadata.items()
-        if key.startswith(prefix)
+        key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
     }
     if unknown := sorted(set(values) - set(_GGUF_FIELDS) - set(_GGUF_CHECKED)):
         raise ValueError(
@@ -285,23 +282,36 @@ def config_from_gguf(
     if missing:
         raise ValueError(f"{source}: missing: {', '.join(missing)}")
     fields = {ours: values[key] for key, ours in _GGUF_FIELDS.items()}
-    fields["head_dim"] = values.get("attention.key_length") or _head_dim(fields, source)
+    fields["head_dim"] = values.get("attention.key_length")
+    if fields["head_dim"] is None:
+        fields["head_dim"] = _head_dim(fields, source)
     fields["vocab_size"] = shapes["token_embd.weight"][0]
     for key, ours in _GGUF_CHECKED.items():
         if (stated := values.get(key, fields[ours])) != fields[ours]:
             raise ValueError(
                 f"{source}: {prefix}{key}={stated} is not implemented for {ours}={fields[ours]}"
             )
+    fields["rope_divisors"] = rope_divisors
+    # llama.cpp has no key for it: a tied model has no output tensor.
+    fields["tie_embeddings"] = "output.weight" not in shapes
     try:
-        return DecoderConfig(
-            **fields,
-            **GGUF_ARCHITECTURES[architecture],
-            rope_divisors=rope_divisors,
-            # llama.cpp has no key for it: a tied model has no output tensor.
-            tie_embeddings="output.weight" not in shapes,
-        )
+        return _decoder_config(fields | GGUF_ARCHITECTURES[architecture])
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
+    """Makes the config of values from a file, where any type may stand."""
+    for field in dataclasses.fields(DecoderConfig):
+        value = values.get(field.name)
+        if field.type is float and type(value) is int:
+            values[field.name] = float(value)
+        elif field.type in (int, float, bool) and field.name in values:
+            if type(value) is not field.type:
+                raise ValueError(f"{field.name} must be {field.type.__name__}, got {value!r}")
+        elif field.name == "sliding_window" and type(value) not in (int, type(None)):
+            raise ValueError(f"{field.name} must be int or null, got {value!r}")
+    return DecoderConfig(**values)
 
 
 def _head_dim(fields: Mapping[str, Any], source: str) -> int:
@@ -313,30 +323,31 @@ def _head_dim(fields: Mapping[str, Any], source: str) -> int:
     return width // num_q_heads
 
 
-def _check_layer_types(layer_types: Any, fields: Mapping[str, Any], source: str) -> None:
-    if layer_types is None:
-        return
-    window = fields.get("sliding_window")
-    expected = "full_attention" if window is None else "sliding_attention"
-    if layer_types != [expected] * fields["num_layers"]:
+def _check_layer_types(layer_types: Any, config: DecoderConfig) -> None:
+    expected = "full_attention" if config.sliding_window is None else "sliding_attention"
+    if layer_types not in (None, [expected] * config.num_layers):
         raise ValueError(
-            f"{source}: layer_types must be {expected!r} for each of the "
-            f"{fields['num_layers']} layers; others are not implemented: {layer_types!r}"
+            f"layer_types must be {expected!r} for each of the {config.num_layers} layers; "
+            f"others are not implemented: {layer_types!r}"
         )
 
 
-def _rope(config: Mapping[str, Any], head_dim: int, source: str) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], head_dim: Any) -> dict[str, Any]:
     """Returns rope_theta and rope_divisors.
 
     transformers 5 writes one "rope_parameters"; before it, "rope_theta" and "rope_scaling".
     """
-    if "rope_parameters" in config and ("rope_theta" in config or "rope_scaling" in config):
-        raise ValueError(f"{source}: rope_parameters and rope_theta or rope_scaling: which holds?")
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
-    rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "type" in rope:  # its name in older files
-        rope["rope_type"] = rope.pop("type")
-    rope_type, theta = rope.pop("rope_type"), rope.pop("rope_theta")
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        raise ValueError("both rope_parameters and rope_scaling are given; remove one")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters or rope_scaling is no object: {rope!r}")
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    if config.get("rope_theta", theta) != theta:
+        raise ValueError(f"rope_theta is both {config['rope_theta']} and {theta}; remove one")
+    older_type = rope.pop("type", "default")  # its name in older files
+    rope_type = rope.pop("rope_type", older_type)
     keys = {
         "default": set(),
         "llama3": {
@@ -346,20 +357,23 @@ def _rope(config: Mapping[str, Any], head_dim: int, source: str) -> dict[str, An
             "original_max_position_embeddings",
         },
     }
-    if rope_type not in keys:
+    if str(rope_type) not in keys:
         raise ValueError(
-            f"{source}: rope type {rope_type!r} is not implemented; supported: {', '.join(keys)}"
+            f"rope type {rope_type!r} is not implemented; supported: {', '.join(keys)}"
         )
     if set(rope) != keys[rope_type]:
         raise ValueError(
-            f"{source}: rope type {rope_type!r} needs exactly the keys "
+            f"rope type {rope_type!r} needs exactly the keys "
             f"{sorted(keys[rope_type])}, got {sorted(rope)}"
         )
     for key, value in {"rope_theta": theta, **rope}.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{source}: {key} must be a positive number, got {value!r}")
-    divisors = _llama3_divisors(theta, head_dim, **rope) if rope else None
-    return {"rope_theta": theta, "rope_divisors": divisors}
+            raise ValueError(f"{key} must be a positive number, got {value!r}")
+    if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(f"low_freq_factor must be below high_freq_factor, got {rope}")
+    if not rope or type(head_dim) is not int or head_dim < 1:  # DecoderConfig refuses those
+        return {"rope_theta": theta}
+    return {"rope_theta": theta, "rope_divisors": _llama3_divisors(theta, head_dim, **rope)}
 
 
 def _llama3_divisors(

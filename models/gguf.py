@@ -22,7 +22,8 @@ class _BoundedReader(GGUFReader):
     strings would keep it busy for ever.
     """
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+    # Numbers come as Python's or NumPy's, hence no annotations.
+    def _get(self, offset, dtype, count=1, override_order=None):
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
             raise ValueError(f"a field or tensor ends at byte {end}, the file at {len(self.data)}")

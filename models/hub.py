@@ -5,14 +5,14 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from kvq_jax.models.config import DecoderConfig
 from kvq_jax.models.decoder import Decoder
@@ -40,6 +40,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Buffers that old checkpoints carry; the frequencies follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 
+_Checkpoint = SafetensorsCheckpoint | GGUFCheckpoint
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -54,13 +56,6 @@ class LoadedModel:
     decoder: Decoder
     config: DecoderConfig
     tokenizer: Tokenizer
-
-
-class _Checkpoint(Protocol):
-    source: str
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, name: str) -> np.ndarray: ...
 
 
 def load(
@@ -149,21 +144,17 @@ def _find_embedded() -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
+    # Settings first: an unsupported model is refused before gigabytes are fetched in vain.
+    _read_config(_snapshot(name, revision, _SETTING_FILES))
+    return _snapshot(name, revision, _SETTING_FILES + _WEIGHT_FILES)
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=_SETTING_FILES
-            )
-        )
-        _read_config(folder)  # before gigabytes are fetched in vain
         return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=_SETTING_FILES + _WEIGHT_FILES
-            )
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"{name}: neither in the local Hugging Face cache nor to be had from the hub "
             f"({error}); download it where there is a network, and pass the folder"
@@ -221,9 +212,7 @@ def _check_tensors(
     form: int,
     parameters: dict[str, tuple[tuple[Any, ...], Any]],
 ) -> None:
-    shapes = {
-        name: shape for name, shape in checkpoint.shapes.items() if not _DERIVED.search(name)
-    }
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if not _DERIVED.search(name)}
     embedding, unembedding = (PARAMETER_NAMES[key][form] for key in ("embedding", "unembedding"))
     if config.tie_embeddings and unembedding in shapes:
         # Some tied checkpoints store the table twice; then both must be the same.

@@ -66,7 +66,7 @@ class MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, "H/2"]:
+def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
     """Returns radians per token of each rope pair, float32."""
     exponent = np.arange(0, config.head_dim, 2) / config.head_dim
     frequencies = config.rope_theta**-exponent
@@ -78,7 +78,7 @@ def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, "H/2"]:
 def apply_rope(
     x: Float[Array, "B T heads H"],
     positions: Int[Array, "B T"],
-    frequencies: Float[np.ndarray, "H/2"],
+    frequencies: Float[np.ndarray, " half"],
 ) -> Float[Array, "B T heads H"]:
     """Turns channel pairs (i, i + H/2) of each head by `position * frequency`, in float32."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies

@@ -59,7 +59,7 @@ class SafetensorsCheckpoint:
             raise FileNotFoundError(f"{path}: listed in {_INDEX} but not there") from error
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged ({error}); download it again") from error
-        for name in file.keys():  # noqa: SIM118: it is no mapping
+        for name in sorted(file.keys()):
             if name in self.shapes:
                 raise ValueError(f"{path}: tensor {name!r} is in another shard too")
             view = file.get_slice(name)

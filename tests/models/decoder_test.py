@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from kvq_jax import dense
+from kvq_jax.models import Decoder, DecoderConfig, init_states, load_decoder
+
+FAMILIES = ["llama", "llama_rope_llama3", "mistral_swa", "qwen2_qkv_bias", "qwen3_qk_norm"]
+TINY = DecoderConfig(
+    vocab_size=61,
+    width=32,
+    num_layers=2,
+    num_q_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    max_length=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+)
+
+
+def prefill_logits(decoder, tokens, lengths=None):
+    """Logits of all positions of right-padded prompts, and the filled states."""
+    tokens = jnp.asarray(tokens)
+    cache = dense()
+    states = init_states(decoder.config, cache, *tokens.shape, dtype=decoder.dtype)
+    prefill = jax.jit(decoder.prefill, static_argnums=2)
+    hidden, states = prefill(tokens, states, cache, lengths=lengths)
+    return decoder.logits(hidden), states
+
+
+def chunked_logits(decoder, tokens, size):
+    """Logits of all positions, the tokens appended `size` at a time."""
+    tokens = jnp.asarray(tokens)
+    cache = dense()
+    states = init_states(decoder.config, cache, *tokens.shape, dtype=decoder.dtype)
+    step = jax.jit(lambda tokens, states: decoder(tokens, states, cache))
+    logits = []
+    for start in range(0, tokens.shape[1], size):
+        hidden, states = step(tokens[:, start : start + size], states)
+        logits.append(decoder.logits(hidden))
+    return jnp.concatenate(logits, axis=1)
+
+
+@pytest.mark.parametrize("prompt", range(3))
+def test_smollm2_logits_equal_transformers(smollm2, golden, prompt):
+    data = np.load(golden / "logits.npz")
+    logits, _ = jax.jit(prefill_logits)(smollm2.decoder, data[f"ids{prompt}"][None])
+    assert logits.dtype == jnp.float32
+    logits = np.asarray(logits[0])
+    # Two float32 implementations with sums over 1536 terms, 30 layers: 1e-4 measured.
+    tolerance = 1e-3
+    top = np.take_along_axis(logits, data[f"top32_idx_{prompt}"], axis=-1)
+    np.testing.assert_allclose(top, data[f"top32_val_{prompt}"], rtol=0, atol=tolerance)
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    np.testing.assert_allclose(logsumexp, data[f"logsumexp_{prompt}"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(logits.mean(-1), data[f"mean_{prompt}"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(logits.std(-1), data[f"std_{prompt}"], rtol=0, atol=tolerance)
+    # Stored in float16: half an ulp, relative 2**-11.
+    last = data[f"last4_fp16_{prompt}"].astype(np.float32)
+    np.testing.assert_allclose(logits[-4:], last, rtol=2**-11, atol=tolerance)
+
+
+def test_smollm2_greedy_tokens_equal_transformers(smollm2, golden):
+    data = np.load(golden / "logits.npz")
+    cache = dense()
+    leaves, treedef = jax.tree.flatten(smollm2.decoder)
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(leaves, token, states):
+        decoder = jax.tree.unflatten(treedef, leaves)
+        hidden, states = decoder(token, states, cache)
+        return jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32), states
+
+    for prompt in range(3):
+        ids = jnp.asarray(data[f"ids{prompt}"])[None]
+        states = init_states(smollm2.config, cache, 1, 128)
+        hidden, states = smollm2.decoder.prefill(ids, states, cache)
+        token = jnp.argmax(smollm2.decoder.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32)
+        tokens = []
+        for _ in range(64):
+            tokens.append(token)
+            token, states = step(leaves, token, states)
+        # The smallest margin between best and second is .026, the error of a logit 1e-4.
+        assert np.concatenate(tokens, axis=1)[0].tolist() == data[f"greedy{prompt}"].tolist()
+        assert int(states[0].length[0]) == ids.shape[1] + 64
+
+
+def test_smollm2_right_padded_batch_equals_single_prompts(smollm2, golden):
+    data = np.load(golden / "logits.npz")
+    prompts = [data[f"ids{i}"] for i in range(3)]
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    tokens = np.zeros((3, lengths.max()), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    logits, states = jax.jit(prefill_logits)(smollm2.decoder, tokens, jnp.asarray(lengths))
+    assert states[-1].length.tolist() == lengths.tolist()
+    for prompt in range(3):
+        last = np.asarray(logits[prompt, lengths[prompt] - 1])
+        index = data[f"top32_idx_{prompt}"][-1]
+        np.testing.assert_allclose(last[index], data[f"top32_val_{prompt}"][-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_transformers(golden, family):
+    folder = golden / "families" / family
+    data = np.load(folder / "logits.npz")
+    decoder = load_decoder(folder)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4 * np.abs(data["logits"]).max()}
+    logits, _ = prefill_logits(decoder, data["ids"])
+    np.testing.assert_allclose(logits, data["logits"], **tolerance)
+    np.testing.assert_allclose(chunked_logits(decoder, data["ids"], 1), data["logits"], **tolerance)
+
+
+def swap_tensors(tensors, config):
+    names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
+    tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+
+
+def swap_query_heads(tensors, config):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    heads = tensors[name].reshape(config.num_q_heads, config.head_dim, -1)
+    tensors[name] = np.ascontiguousarray(heads[[1, 2, 3, 0]].reshape(tensors[name].shape))
+
+
+def swap_key_channels(tensors, config):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    pairs = tensors[name].reshape(config.num_kv_heads, 2, config.head_dim // 2, -1)
+    tensors[name] = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensors[name].shape)
+
+
+def drop_bias(tensors, config):
+    tensors["model.layers.0.self_attn.k_proj.bias"] *= 0
+
+
+def drop_query_norm(tensors, config):
+    tensors["model.layers.1.self_attn.q_norm.weight"][:] = 1
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil"),
+    [(family, spoil) for family in FAMILIES for spoil in (swap_tensors, swap_query_heads)]
+    + [("llama", swap_key_channels), ("qwen3_qk_norm", drop_query_norm)],
+)
+def test_a_wrong_tensor_shows(checkpoint, family, spoil):
+    folder = checkpoint(family)
+    data = np.load(folder / "logits.npz")
+    tensors = load_file(folder / "model.safetensors")
+    spoil(tensors, load_decoder(folder).config)
+    save_file(tensors, folder / "model.safetensors")
+    logits, _ = prefill_logits(load_decoder(folder), data["ids"])
+    assert np.abs(logits - data["logits"]).max() > 1e-2 * np.abs(data["logits"]).max()
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("llama", "rope_theta", 5e4),
+        ("llama_rope_llama3", "rope_divisors", None),
+        ("mistral_swa", "sliding_window", None),
+        ("mistral_swa", "sliding_window", 9),
+        ("qwen3_qk_norm", "norm_eps", 1e-1),
+    ],
+)
+def test_a_wrong_setting_shows(golden, family, field, value):
+    folder = golden / "families" / family
+    data = np.load(folder / "logits.npz")
+    decoder = load_decoder(folder)
+    wrong = Decoder(dataclasses.replace(decoder.config, **{field: value}), rngs=nnx.Rngs(0))
+    nnx.update(wrong, nnx.state(decoder))
+    logits, _ = prefill_logits(wrong, data["ids"])
+    assert np.abs(logits - data["logits"]).max() > 1e-3 * np.abs(data["logits"]).max()
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_chunks_equal_prefill(size, window):
+    decoder = Decoder(dataclasses.replace(TINY, sliding_window=window), rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, TINY.vocab_size)
+    logits, _ = prefill_logits(decoder, tokens)
+    np.testing.assert_allclose(chunked_logits(decoder, tokens, size), logits, atol=1e-5)
+
+
+def test_padding_never_leaks():
+    decoder = Decoder(TINY, rngs=nnx.Rngs(0))
+    cache = dense()
+    tokens = jax.random.randint(jax.random.key(1), (3, 12), 0, TINY.vocab_size)
+    lengths = jnp.array([12, 5, 1], jnp.int32)
+    next_tokens = jnp.array([[3], [4], [5]], jnp.int32)
+
+    @jax.jit
+    def run(tokens, lengths, next_tokens):
+        states = init_states(TINY, cache, tokens.shape[0], 16)
+        hidden, states = decoder.prefill(tokens, states, cache, lengths=lengths)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+        return last, decoder(next_tokens, states, cache)[0]
+
+    is_padding = jnp.arange(12) >= lengths[:, None]
+    expected = run(tokens, lengths, next_tokens)
+    # Other padding changes not a bit, even if it is no token at all.
+    for other in (7, -1, TINY.vocab_size):
+        got = run(jnp.where(is_padding, jnp.int32(other), tokens), lengths, next_tokens)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    # The last valid token does change the result.
+    got = run(tokens.at[1, 4].set((tokens[1, 4] + 1) % TINY.vocab_size), lengths, next_tokens)
+    assert np.abs(got[1][1] - expected[1][1]).max() > 1e-3
+    np.testing.assert_array_equal(got[1][0], expected[1][0])
+    # A row alone, without padding, gives what it gives in the batch.
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        got = run(tokens[one, :length], lengths[one], next_tokens[one])
+        in_batch = jax.tree.map(operator.itemgetter(one), expected)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, in_batch)
+
+
+def test_bfloat16_stays_bfloat16_and_near_float32(golden):
+    folder = golden / "families" / "qwen3_qk_norm"
+    data = np.load(folder / "logits.npz")
+    decoder = load_decoder(folder, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(decoder)} == {jnp.dtype(jnp.bfloat16)}
+    logits, states = prefill_logits(decoder, data["ids"])
+    assert logits.dtype == jnp.float32
+    assert states[0].keys.dtype == jnp.bfloat16
+    # 8 bits of mantissa, 2**-8, grown by some ten roundings in a row.
+    error = np.abs(np.asarray(logits) - data["logits"]).max()
+    assert error < 10 * 2**-8 * np.abs(data["logits"]).max()
+    step = chunked_logits(decoder, data["ids"][:, :8], 1)
+    assert np.abs(step - logits[:, :8]).max() < 10 * 2**-8 * np.abs(data["logits"]).max()
+
+
+def test_ids_outside_the_vocabulary_are_not_silent():
+    decoder = Decoder(TINY, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[1, 2, TINY.vocab_size], [1, 2, 3]], jnp.int32)
+    logits, _ = prefill_logits(decoder, tokens)
+    assert np.isnan(logits[0, 2]).all()
+    assert np.isfinite(logits[1]).all()
+
+
+def test_every_switch_changes_the_parameters():
+    def names(**changes):
+        config = dataclasses.replace(TINY, **changes)
+        decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        return {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(decoder))}
+
+    plain = names()
+    assert plain - names(tie_embeddings=True) == {"unembedding"}
+    assert {name.split(".")[-2] for name in names(qkv_bias=True) - plain} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
+    assert {name.split(".")[-2] for name in names(o_bias=True) - plain} == {"o_proj"}
+    assert len(names(mlp_bias=True) - plain) == 3 * TINY.num_layers
+    assert {name.split(".")[-2] for name in names(qk_norm=True) - plain} == {"q_norm", "k_norm"}
+
+
+def test_a_step_compiles_once():
+    decoder = Decoder(TINY, rngs=nnx.Rngs(0))
+    cache = dense()
+    step = jax.jit(lambda tokens, states: decoder(tokens, states, cache))
+    states = init_states(TINY, cache, 2, 16)
+    for _ in range(3):
+        _, states = step(jnp.zeros((2, 1), jnp.int32), states)
+    assert step._cache_size() == 1
+
+
+def test_states_of_another_model_are_refused():
+    decoder = Decoder(TINY, rngs=nnx.Rngs(0))
+    states = init_states(TINY, dense(), 1, 16)
+    with pytest.raises(ValueError, match="zip"):
+        decoder(jnp.zeros((1, 1), jnp.int32), states[:1], dense())
