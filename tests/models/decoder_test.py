@@ -28,11 +28,14 @@ TINY = DecoderConfig(
 )
 
 
-def prefill_logits(decoder, tokens, lengths=None):
+def prefill_logits(decoder, tokens, *, lengths=None, capacity=None):
     """Logits of all positions of right-padded prompts, and the filled states."""
     tokens = jnp.asarray(tokens)
     cache = dense()
-    states = init_states(decoder.config, cache, *tokens.shape, dtype=decoder.dtype)
+    batch_size, num_tokens = tokens.shape
+    states = init_states(
+        decoder.config, cache, batch_size, capacity or num_tokens, dtype=decoder.dtype
+    )
     prefill = jax.jit(decoder.prefill, static_argnums=2)
     hidden, states = prefill(tokens, states, cache, lengths=lengths)
     return decoder.logits(hidden), states
@@ -51,63 +54,65 @@ def chunked_logits(decoder, tokens, size):
     return jnp.concatenate(logits, axis=1)
 
 
-@pytest.mark.parametrize("prompt", range(3))
-def test_smollm2_logits_equal_transformers(smollm2, golden, prompt):
-    data = np.load(golden / "logits.npz")
-    logits, _ = jax.jit(prefill_logits)(smollm2.decoder, data[f"ids{prompt}"][None])
-    assert logits.dtype == jnp.float32
-    logits = np.asarray(logits[0])
-    # Two float32 implementations with sums over 1536 terms, 30 layers: 1e-4 measured.
-    tolerance = 1e-3
-    top = np.take_along_axis(logits, data[f"top32_idx_{prompt}"], axis=-1)
-    np.testing.assert_allclose(top, data[f"top32_val_{prompt}"], rtol=0, atol=tolerance)
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    np.testing.assert_allclose(logsumexp, data[f"logsumexp_{prompt}"], rtol=0, atol=tolerance)
-    np.testing.assert_allclose(logits.mean(-1), data[f"mean_{prompt}"], rtol=0, atol=tolerance)
-    np.testing.assert_allclose(logits.std(-1), data[f"std_{prompt}"], rtol=0, atol=tolerance)
-    # Stored in float16: half an ulp, relative 2**-11.
-    last = data[f"last4_fp16_{prompt}"].astype(np.float32)
-    np.testing.assert_allclose(logits[-4:], last, rtol=2**-11, atol=tolerance)
+@pytest.fixture(scope="module")
+def smollm2_golden(golden):
+    return np.load(golden / "logits.npz")
 
 
-def test_smollm2_greedy_tokens_equal_transformers(smollm2, golden):
-    data = np.load(golden / "logits.npz")
-    cache = dense()
-    leaves, treedef = jax.tree.flatten(smollm2.decoder)
-
-    @functools.partial(jax.jit, donate_argnums=2)
-    def step(leaves, token, states):
-        decoder = jax.tree.unflatten(treedef, leaves)
-        hidden, states = decoder(token, states, cache)
-        return jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32), states
-
-    for prompt in range(3):
-        ids = jnp.asarray(data[f"ids{prompt}"])[None]
-        states = init_states(smollm2.config, cache, 1, 128)
-        hidden, states = smollm2.decoder.prefill(ids, states, cache)
-        token = jnp.argmax(smollm2.decoder.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32)
-        tokens = []
-        for _ in range(64):
-            tokens.append(token)
-            token, states = step(leaves, token, states)
-        # The smallest margin between best and second is .026, the error of a logit 1e-4.
-        assert np.concatenate(tokens, axis=1)[0].tolist() == data[f"greedy{prompt}"].tolist()
-        assert int(states[0].length[0]) == ids.shape[1] + 64
-
-
-def test_smollm2_right_padded_batch_equals_single_prompts(smollm2, golden):
-    data = np.load(golden / "logits.npz")
-    prompts = [data[f"ids{i}"] for i in range(3)]
+@pytest.fixture(scope="module")
+def smollm2_prefill(smollm2, smollm2_golden):
+    """Logits, states and lengths of the golden prompts in one right-padded batch."""
+    prompts = [smollm2_golden[f"ids{i}"] for i in range(3)]
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     tokens = np.zeros((3, lengths.max()), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
-    logits, states = jax.jit(prefill_logits)(smollm2.decoder, tokens, jnp.asarray(lengths))
-    assert states[-1].length.tolist() == lengths.tolist()
-    for prompt in range(3):
-        last = np.asarray(logits[prompt, lengths[prompt] - 1])
-        index = data[f"top32_idx_{prompt}"][-1]
-        np.testing.assert_allclose(last[index], data[f"top32_val_{prompt}"][-1], atol=1e-3)
+    logits, states = prefill_logits(
+        smollm2.decoder, tokens, lengths=jnp.asarray(lengths), capacity=128
+    )
+    return np.asarray(logits), states, lengths
+
+
+@pytest.mark.parametrize("prompt", range(3))
+def test_smollm2_logits_equal_transformers(smollm2_prefill, smollm2_golden, prompt):
+    all_logits, _, lengths = smollm2_prefill
+    data = {
+        key.removesuffix(f"_{prompt}"): smollm2_golden[key]
+        for key in smollm2_golden
+        if key.endswith(f"_{prompt}")
+    }
+    logits = all_logits[prompt, : lengths[prompt]]
+    assert logits.dtype == np.float32
+    # Two float32 implementations with sums over 1536 terms, 30 layers: 1e-4 measured.
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-3)
+    close(np.take_along_axis(logits, data["top32_idx"], axis=-1), data["top32_val"])
+    close(jax.nn.logsumexp(logits, axis=-1), data["logsumexp"])
+    close(logits.mean(-1), data["mean"])
+    close(logits.std(-1), data["std"])
+    # Stored in float16: half an ulp, relative 2**-11.
+    close(logits[-4:], data["last4_fp16"].astype(np.float32), rtol=2**-11)
+
+
+def test_smollm2_greedy_tokens_equal_transformers(smollm2, smollm2_prefill, smollm2_golden):
+    logits, states, lengths = smollm2_prefill
+    cache = dense()
+    leaves, treedef = jax.tree.flatten(smollm2.decoder)
+
+    @jax.jit
+    def step(leaves, tokens, states):
+        decoder = jax.tree.unflatten(treedef, leaves)
+        hidden, states = decoder(tokens, states, cache)
+        return jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32), states
+
+    tokens = jnp.asarray(logits[np.arange(3), lengths - 1].argmax(-1)[:, None], jnp.int32)
+    steps = []
+    for _ in range(64):
+        steps.append(tokens)
+        tokens, states = step(leaves, tokens, states)
+    # The smallest margin between best and second is .026, the error of a logit 1e-4.
+    for row, greedy in enumerate(np.concatenate(steps, axis=1).tolist()):
+        assert greedy == smollm2_golden[f"greedy{row}"].tolist()
+    assert states[0].length.tolist() == (lengths + 64).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -215,11 +220,10 @@ def test_padding_never_leaks():
     assert np.abs(got[1][1] - expected[1][1]).max() > 1e-3
     np.testing.assert_array_equal(got[1][0], expected[1][0])
     # A row alone, without padding, gives what it gives in the batch.
-    for row, length in enumerate(lengths.tolist()):
-        one = slice(row, row + 1)
-        got = run(tokens[one, :length], lengths[one], next_tokens[one])
-        in_batch = jax.tree.map(operator.itemgetter(one), expected)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, in_batch)
+    row = slice(1, 2)
+    got = run(tokens[row, :5], lengths[row], next_tokens[row])
+    in_batch = jax.tree.map(operator.itemgetter(row), expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, in_batch)
 
 
 def test_bfloat16_stays_bfloat16_and_near_float32(golden):
