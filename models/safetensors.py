@@ -84,6 +84,6 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not an index of safetensors ({error!r})") from error
     for file in files:
         # A shard is a file beside the index, never a path that leads out of the folder.
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix == "":
             raise ValueError(f"{path}: {file!r} is not a file name")
     return weight_map
