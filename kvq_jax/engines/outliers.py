@@ -12,7 +12,7 @@ from kvq_jax.base import KV, CacheSpec
 
 
 class PoolState(NamedTuple):
-    """What tracing remembers; P = num_outliers, A = num_auxiliary.
+    """What tracing remembers; P = num_outliers, A = num_auxiliary, p = P + A.
 
     The tokens themselves lie in the first P + A dense slots of the cache: the outlier pool,
     then the auxiliary pool of those that lost their place in it.
@@ -25,7 +25,7 @@ class PoolState(NamedTuple):
     """
 
     score: Float[Array, "B K P"]
-    positions: Int[Array, "B K P+A"]
+    positions: Int[Array, "B K p"]
     num_auxiliary: Int[Array, "B K"]
     tracing: Bool[Array, "B K"]
 
@@ -81,8 +81,8 @@ class OutlierTracer:
     def trace(
         self,
         pool: PoolState,
-        pool_keys: Float[Array, "B K P+A H"],
-        pool_values: Float[Array, "B K P+A H"],
+        pool_keys: Float[Array, "B K p H"],
+        pool_values: Float[Array, "B K p H"],
         group: KV,
         where: Bool[Array, " B"],
     ) -> tuple[PoolState, Array, Array, KV]:

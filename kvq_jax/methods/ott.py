@@ -62,12 +62,14 @@ def ott(
       share_heads: let all KV heads of a layer keep the same tokens.
       untraced_layers: first layers, which show no such tokens and are coded without tracing.
     """
-    tracer = OutlierTracer(num_outliers, num_auxiliary, score, share_heads, untraced_layers)
+    tracer = None
+    if num_outliers:
+        tracer = OutlierTracer(num_outliers, num_auxiliary, score, share_heads, untraced_layers)
     return kivi(
         bits=bits,
         value_bits=value_bits,
         group_size=group_size,
         value_group_size=value_group_size,
         residual_length=residual_length,
-        tracer=tracer if num_outliers else None,
+        tracer=tracer,
     )

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of every test: CPU, and no dtype promotion that nobody asked for."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def getkey():
+    """Returns a function that gives a fresh random key at each call."""
+    keys = iter(jax.random.split(jax.random.key(20250510), 1000))
+    return lambda: next(keys)
