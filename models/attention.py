@@ -18,6 +18,54 @@ from kvq_jax.models.layers import (
     rope_frequencies,
 )
 
+# Queries whose scores are in memory at once. For 2048 tokens on a CPU, 512 took 108 ms, 256 and
+# 1024 more, and all at once 242 ms and three times the memory.
+_QUERY_BLOCK = 512
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    sliding_window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attends exactly, each query to the tokens up to its own.
+
+    Blocks of queries skip the keys that none of them sees: half of the work of a long prompt,
+    and scores for `_QUERY_BLOCK` queries in memory instead of all.
+
+    Args:
+      q: queries, after rope.
+      k: keys, after rope.
+      v: values.
+      sliding_window: see only this many latest tokens, the query's own included.
+
+    Returns:
+      The attention output in the dtype of q; the softmax is computed in float32.
+    """
+    num_tokens = q.shape[1]
+    blocks = []
+    # jax.nn.dot_product_attention has no precision argument, and mixes bfloat16 with float32
+    # inside, which strict promotion forbids.
+    with (
+        jax.default_matmul_precision(matmul_precision(q.dtype)),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        for start in range(0, num_tokens, _QUERY_BLOCK):
+            end = min(start + _QUERY_BLOCK, num_tokens)
+            first = 0 if sliding_window is None else max(0, start + 1 - sliding_window)
+            distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
+            mask = distance >= 0
+            if sliding_window is not None:
+                mask &= distance < sliding_window
+            blocks.append(
+                jax.nn.dot_product_attention(
+                    q[:, start:end], k[:, first:end], v[:, first:end], mask=mask[None, None]
+                )
+            )
+    return jnp.concatenate(blocks, axis=1)
+
 
 class Attention(nnx.Module):
     """One layer's attention; keys enter the cache after rope."""
@@ -90,14 +138,5 @@ class Attention(nnx.Module):
             after every valid token, so the causal mask hides it.
         """
         q, k, v = self._project(x, positions)
-        window = self.config.sliding_window
-        # jax.nn.dot_product_attention has no precision argument.
-        with jax.default_matmul_precision(matmul_precision(q.dtype)):
-            out = jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=True,
-                local_window_size=None if window is None else (window - 1, 0),
-            )
+        out = causal_attention(q, k, v, sliding_window=self.config.sliding_window)
         return self._merge(out), cache.prefill(state, k, v, q=q, lengths=lengths)

@@ -226,7 +226,9 @@ def config_from_hugging_face(config: Mapping[str, Any], *, source: str) -> Decod
         fields |= dict.fromkeys(switches, values.get(key, False))
     fields["tie_embeddings"] = values.get("tie_word_embeddings", False)
     try:
-        decoder_config = _decoder_config(fields | family.fixed | _rope(config, fields["head_dim"]))
+        decoder_config = _decoder_config(
+            {**fields, **family.fixed, **_rope(config, fields["head_dim"])}
+        )
         _check_layer_types(values.get("layer_types"), decoder_config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -40,7 +40,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Buffers that old checkpoints carry; the frequencies follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 
-_Checkpoint = SafetensorsCheckpoint | GGUFCheckpoint
+type _Checkpoint = SafetensorsCheckpoint | GGUFCheckpoint
 
 
 @dataclass(frozen=True)
