@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flax decoder models that keep their KV cache in any `CacheTransform`."""
 
+if __name__ != "kvq_jax.models":
+    raise ImportError("import kvq_jax.models, not models: a second copy would be made")
+
 from kvq_jax.models.config import DecoderConfig
 from kvq_jax.models.decoder import Decoder, init_states
 from kvq_jax.models.hub import LoadedModel, load, load_decoder

@@ -16,33 +16,36 @@ from kvq_jax.models.config import DecoderConfig
 
 # Parameter of `Decoder` -> tensor in a Hugging Face checkpoint, tensor in a GGUF file.
 # All families agree; a parameter that a config switches off is simply not looked up.
-PARAMETER_NAMES: dict[str, tuple[str, str]] = {
+_NAMES = {
     "embedding": ("model.embed_tokens.weight", "token_embd.weight"),
     "unembedding": ("lm_head.weight", "output.weight"),
     "norm.scale": ("model.norm.weight", "output_norm.weight"),
-    **{
-        f"layers.{{}}.{ours}": (f"model.layers.{{}}.{hugging_face}", f"blk.{{}}.{gguf}")
-        for ours, hugging_face, gguf in [
-            ("attention_norm.scale", "input_layernorm.weight", "attn_norm.weight"),
-            ("attention.q_proj.kernel", "self_attn.q_proj.weight", "attn_q.weight"),
-            ("attention.q_proj.bias", "self_attn.q_proj.bias", "attn_q.bias"),
-            ("attention.k_proj.kernel", "self_attn.k_proj.weight", "attn_k.weight"),
-            ("attention.k_proj.bias", "self_attn.k_proj.bias", "attn_k.bias"),
-            ("attention.v_proj.kernel", "self_attn.v_proj.weight", "attn_v.weight"),
-            ("attention.v_proj.bias", "self_attn.v_proj.bias", "attn_v.bias"),
-            ("attention.o_proj.kernel", "self_attn.o_proj.weight", "attn_output.weight"),
-            ("attention.o_proj.bias", "self_attn.o_proj.bias", "attn_output.bias"),
-            ("attention.q_norm.scale", "self_attn.q_norm.weight", "attn_q_norm.weight"),
-            ("attention.k_norm.scale", "self_attn.k_norm.weight", "attn_k_norm.weight"),
-            ("mlp_norm.scale", "post_attention_layernorm.weight", "ffn_norm.weight"),
-            ("mlp.gate_proj.kernel", "mlp.gate_proj.weight", "ffn_gate.weight"),
-            ("mlp.gate_proj.bias", "mlp.gate_proj.bias", "ffn_gate.bias"),
-            ("mlp.up_proj.kernel", "mlp.up_proj.weight", "ffn_up.weight"),
-            ("mlp.up_proj.bias", "mlp.up_proj.bias", "ffn_up.bias"),
-            ("mlp.down_proj.kernel", "mlp.down_proj.weight", "ffn_down.weight"),
-            ("mlp.down_proj.bias", "mlp.down_proj.bias", "ffn_down.bias"),
-        ]
-    },
+}
+_LAYER_NAMES = {
+    "attention_norm.scale": ("input_layernorm.weight", "attn_norm.weight"),
+    "attention.q_proj.kernel": ("self_attn.q_proj.weight", "attn_q.weight"),
+    "attention.q_proj.bias": ("self_attn.q_proj.bias", "attn_q.bias"),
+    "attention.k_proj.kernel": ("self_attn.k_proj.weight", "attn_k.weight"),
+    "attention.k_proj.bias": ("self_attn.k_proj.bias", "attn_k.bias"),
+    "attention.v_proj.kernel": ("self_attn.v_proj.weight", "attn_v.weight"),
+    "attention.v_proj.bias": ("self_attn.v_proj.bias", "attn_v.bias"),
+    "attention.o_proj.kernel": ("self_attn.o_proj.weight", "attn_output.weight"),
+    "attention.o_proj.bias": ("self_attn.o_proj.bias", "attn_output.bias"),
+    "attention.q_norm.scale": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
+    "attention.k_norm.scale": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "mlp.gate_proj.kernel": ("mlp.gate_proj.weight", "ffn_gate.weight"),
+    "mlp.gate_proj.bias": ("mlp.gate_proj.bias", "ffn_gate.bias"),
+    "mlp.up_proj.kernel": ("mlp.up_proj.weight", "ffn_up.weight"),
+    "mlp.up_proj.bias": ("mlp.up_proj.bias", "ffn_up.bias"),
+    "mlp.down_proj.kernel": ("mlp.down_proj.weight", "ffn_down.weight"),
+    "mlp.down_proj.bias": ("mlp.down_proj.bias", "ffn_down.bias"),
+}
+HUGGING_FACE_NAMES: dict[str, str] = {ours: name for ours, (name, _) in _NAMES.items()} | {
+    f"layers.{{}}.{ours}": f"model.layers.{{}}.{name}" for ours, (name, _) in _LAYER_NAMES.items()
+}
+GGUF_NAMES: dict[str, str] = {ours: name for ours, (_, name) in _NAMES.items()} | {
+    f"layers.{{}}.{ours}": f"blk.{{}}.{name}" for ours, (_, name) in _LAYER_NAMES.items()
 }
 
 # Hugging Face key -> field of DecoderConfig, for every family.

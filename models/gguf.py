@@ -10,7 +10,7 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from kvq_jax.models.config import DecoderConfig
-from kvq_jax.models.families import GGUF_ROPE_DIVISORS, config_from_gguf
+from kvq_jax.models.families import GGUF_NAMES, GGUF_ROPE_DIVISORS, config_from_gguf
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -38,7 +38,10 @@ class GGUFCheckpoint:
       metadata: its keys and values.
       shapes: of the tensors, by name, rows first.
       config: of the decoder.
+      names: parameter of `Decoder` -> tensor.
     """
+
+    names = GGUF_NAMES
 
     def __init__(self, path: Path):
         """Opens a file; tensors are mapped, not read.

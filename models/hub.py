@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from kvq_jax.models.config import DecoderConfig
 from kvq_jax.models.decoder import Decoder
-from kvq_jax.models.families import PARAMETER_NAMES, config_from_hugging_face
+from kvq_jax.models.families import config_from_hugging_face
 from kvq_jax.models.gguf import GGUFCheckpoint
 from kvq_jax.models.safetensors import SafetensorsCheckpoint
 from kvq_jax.models.tokenizer import (
@@ -79,19 +79,19 @@ def load(
     """
     path = _find(name_or_path, revision)
     if path.is_dir():
-        # Settings first: they are small and refuse most of what can't be loaded.
+        config = _read_config(path)
         tokenizer = tokenizer_from_folder(path)
-        decoder = load_decoder(path, dtype=dtype)
+        checkpoint = SafetensorsCheckpoint(path)
     else:
         checkpoint = GGUFCheckpoint(path)
+        config = checkpoint.config
         tokenizer = tokenizer_from_gguf(checkpoint.metadata, source=checkpoint.source)
-        decoder = _fill(checkpoint.config, checkpoint, 1, dtype)
-    if tokenizer.vocab_size > decoder.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
-            f"{decoder.config.vocab_size}; they do not belong together"
+            f"{config.vocab_size}; they do not belong together"
         )
-    return LoadedModel(decoder, decoder.config, tokenizer)
+    return LoadedModel(_fill(config, checkpoint, dtype), config, tokenizer)
 
 
 def load_decoder(
@@ -104,9 +104,9 @@ def load_decoder(
     path = _find(name_or_path, revision)
     if path.is_dir():
         config = _read_config(path)
-        return _fill(config, SafetensorsCheckpoint(path), 0, dtype)
+        return _fill(config, SafetensorsCheckpoint(path), dtype)
     checkpoint = GGUFCheckpoint(path)
-    return _fill(checkpoint.config, checkpoint, 1, dtype)
+    return _fill(checkpoint.config, checkpoint, dtype)
 
 
 def _find(name_or_path: str | Path, revision: str | None) -> Path:
@@ -168,13 +168,12 @@ def _read_config(folder: Path) -> DecoderConfig:
     return config_from_hugging_face(read_json(path), source=str(path))
 
 
-def _fill(config: DecoderConfig, checkpoint: _Checkpoint, form: int, dtype: Any) -> Decoder:
+def _fill(config: DecoderConfig, checkpoint: _Checkpoint, dtype: Any) -> Decoder:
     """Makes a decoder and fills it tensor by tensor.
 
     Args:
       config: of the decoder.
       checkpoint: where the tensors are.
-      form: column of `PARAMETER_NAMES`.
       dtype: of the decoder.
 
     Raises:
@@ -186,8 +185,10 @@ def _fill(config: DecoderConfig, checkpoint: _Checkpoint, form: int, dtype: Any)
     # Shapes only: random weights would cost as much memory as the real ones.
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
-    parameters = {_name(path, form): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
-    _check_tensors(config, checkpoint, form, parameters)
+    parameters = {
+        _name(path, checkpoint.names): (path, leaf) for path, leaf in nnx.to_flat_state(state)
+    }
+    _check_tensors(config, checkpoint, parameters)
     filled = []
     for name, (path, leaf) in parameters.items():
         tensor = checkpoint.read(name)
@@ -199,21 +200,20 @@ def _fill(config: DecoderConfig, checkpoint: _Checkpoint, form: int, dtype: Any)
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _name(path: tuple[Any, ...], form: int) -> str:
+def _name(path: tuple[Any, ...], names: dict[str, str]) -> str:
     """Returns the tensor's name in the checkpoint of a parameter of the decoder."""
     index = [part for part in path if isinstance(part, int)]
     template = ".".join("{}" if isinstance(part, int) else part for part in path)
-    return PARAMETER_NAMES[template][form].format(*index)
+    return names[template].format(*index)
 
 
 def _check_tensors(
     config: DecoderConfig,
     checkpoint: _Checkpoint,
-    form: int,
     parameters: dict[str, tuple[tuple[Any, ...], Any]],
 ) -> None:
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if not _DERIVED.search(name)}
-    embedding, unembedding = (PARAMETER_NAMES[key][form] for key in ("embedding", "unembedding"))
+    embedding, unembedding = checkpoint.names["embedding"], checkpoint.names["unembedding"]
     if config.tie_embeddings and unembedding in shapes:
         # Some tied checkpoints store the table twice; then both must be the same.
         del shapes[unembedding]

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kvq_jax.models.families import HUGGING_FACE_NAMES
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
@@ -18,7 +20,10 @@ class SafetensorsCheckpoint:
     Attributes:
       source: the folder, for error messages.
       shapes: of the tensors, by name.
+      names: parameter of `Decoder` -> tensor.
     """
+
+    names = HUGGING_FACE_NAMES
 
     def __init__(self, folder: Path):
         """Opens a folder; tensors are mapped, not read.

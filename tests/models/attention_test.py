@@ -20,8 +20,8 @@ def attend_by_hand(q, k, v, window):
     return out
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
-@pytest.mark.parametrize("block", [1, 4, 512])
+@pytest.mark.parametrize("window", [None, 1, 6, 100])
+@pytest.mark.parametrize("block", [4, 512])
 def test_causal_attention_by_hand(monkeypatch, window, block):
     monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
     q = jax.random.normal(jax.random.key(0), (2, 11, 6, 8))

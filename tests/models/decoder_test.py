@@ -281,4 +281,4 @@ def test_states_of_another_model_are_refused():
     decoder = Decoder(TINY, rngs=nnx.Rngs(0))
     states = init_states(TINY, dense(), 1, 16)
     with pytest.raises(ValueError, match="zip"):
-        decoder(jnp.zeros((1, 1), jnp.int32), states[:1], dense())
+        jax.eval_shape(lambda tokens: decoder(tokens, states[:1], dense()), jnp.zeros((1, 1), "i4"))

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from kvq_jax import dense
 from kvq_jax.models import init_states, load, load_decoder
-from kvq_jax.models.families import PARAMETER_NAMES
+from kvq_jax.models.families import GGUF_NAMES, HUGGING_FACE_NAMES
 from kvq_jax.models.gguf import GGUFCheckpoint
 
 
@@ -29,8 +29,8 @@ def permute(rows, num_heads):
 def gguf_names():
     """Hugging Face name -> GGUF name for two layers."""
     return {
-        hugging_face.format(layer): name.format(layer)
-        for hugging_face, name in PARAMETER_NAMES.values()
+        HUGGING_FACE_NAMES[parameter].format(layer): name.format(layer)
+        for parameter, name in GGUF_NAMES.items()
         for layer in range(2)
     }
 

@@ -69,6 +69,9 @@ def test_folder_with_tokenizer(checkpoint):
 def test_folder_without_tokenizer_is_refused_by_load(checkpoint):
     with pytest.raises(FileNotFoundError, match=r"load_decoder\(\)"):
         load(checkpoint("llama"))
+    # Whether the model is supported comes first.
+    with pytest.raises(ValueError, match="'Phi3ForCausalLM' is not supported"):
+        load(checkpoint("phi3"))
 
 
 def test_tokenizer_of_another_model_is_refused(checkpoint):

@@ -120,6 +120,15 @@ def test_gguf_begin_and_end_tokens():
     assert both.encode("ab", add_special_tokens=False) == ids
 
 
+@pytest.mark.parametrize(("pre", "number_of_ids"), [("smollm", 2), ("gpt-2", 1)])
+def test_gguf_pre_tokenizers_cut_numbers(pre, number_of_ids):
+    tokens = [*small_vocabulary(), "12"]
+    metadata = small_metadata(
+        pre=pre, tokens=tokens, token_type=[3, 3] + [1] * (len(tokens) - 2), merges=["1 2"]
+    )
+    assert len(tokenizer_from_gguf(metadata, source="x.gguf").encode("12")) == number_of_ids
+
+
 def test_gguf_stop_ids():
     metadata = small_metadata(eot_token_id=5)
     assert tokenizer_from_gguf(metadata, source="x.gguf").stop_ids == (1, 5)
