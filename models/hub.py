@@ -194,8 +194,7 @@ def _fill(config: DecoderConfig, checkpoint: _Checkpoint, dtype: Any) -> Decoder
         tensor = checkpoint.read(name)
         if path[-1] == "kernel":
             tensor = tensor.T
-        # The cast makes the one copy there is: JAX adopts it on a CPU.
-        array = jax.device_put(np.ascontiguousarray(tensor.astype(dtype)))
+        array = jax.device_put(np.ascontiguousarray(tensor, dtype=dtype))
         filled.append((path, leaf.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
