@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from kvq_jax.cli import terminal
-from kvq_jax.cli.evaluate import progress
-from kvq_jax.cli.evaluate import table as quality_table
+from kvq_jax.cli.evaluate import progress, show
 
 if TYPE_CHECKING:
     from kvq_jax.base import CacheTransform
@@ -128,7 +127,7 @@ def show_quality(loaded: "LoadedModel", caches: dict[str, "CacheTransform"]) -> 
     windows = measure.evenly_spread(loaded.tokenizer.encode(text), _CONTEXT, 1)
     with progress([*caches], quiet=False) as on_progress:
         qualities = measure.evaluate(loaded.decoder, windows, caches, on_progress=on_progress)
-    terminal.out.print(quality_table(qualities))
+    show(qualities)
     terminal.out.print(
         "One short text, to see the order of things; kvq eval measures yours.", style="dim"
     )

@@ -72,7 +72,7 @@ def evaluate(
             [{"method": name} | dataclasses.asdict(x) for name, x in qualities.items()]
         )
     else:
-        terminal.out.print(table(qualities))
+        show(qualities)
 
 
 @contextlib.contextmanager
@@ -100,20 +100,14 @@ def progress(names: list[str], *, quiet: bool) -> Iterator[Callable[[str, int, i
         yield on_progress
 
 
-def table(qualities: dict[str, "Quality"]) -> Table:
-    """Lays the figures out for people."""
-    some = next(iter(qualities.values()))
-    result = Table(
-        caption=f"{some.tokens} predictions in windows of {some.context} tokens. bits: of the "
-        "whole cache at that length, a key or value. kl: from the dense cache's prediction, in "
-        "nats; p99 its 99th percentile. top-1: same likeliest token as the dense cache.",
-        caption_justify="left",
-    )
-    result.add_column("method")
+def show(qualities: dict[str, "Quality"]) -> None:
+    """Prints the figures for people."""
+    table = Table()
+    table.add_column("method")
     for name in ("bits", "perplexity", "kl", "kl p99", "top-1"):
-        result.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     for name, x in qualities.items():
-        result.add_row(
+        table.add_row(
             name,
             f"{x.bits_per_element:.2f}",
             f"{x.perplexity:.2f}",
@@ -121,4 +115,12 @@ def table(qualities: dict[str, "Quality"]) -> Table:
             f"{x.kl_p99:.3f}",
             f"{x.top1:.1%}",
         )
-    return result
+    terminal.out.print(table)
+    some = next(iter(qualities.values()))
+    terminal.out.print(
+        f"{some.tokens} predictions in windows of {some.context} tokens. bits: of the whole cache "
+        "at that length, per key or value. kl: distance of the predictions from those with the "
+        "dense cache, in nats; p99: its 99th percentile. top-1: how often the likeliest token is "
+        "that of the dense cache.",
+        style="dim",
+    )

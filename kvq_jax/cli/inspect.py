@@ -57,8 +57,13 @@ def inspect(
     )
     if not num_outliers:
         raise options.UsageError("--num-outliers 0 traces nothing")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
+    if out is not None:  # before minutes are spent
+        if out.suffix.lower() != ".png":
+            raise options.UsageError(f"--out {out} must end in .png")
+        if out.is_dir():
+            raise IsADirectoryError(f"{out}: is a folder")
+        if not out.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
     if prompt == "-" or prompt.startswith("@"):
         prompt = terminal.read_text(prompt.removeprefix("@"))
     loaded = terminal.load_model(model, dtype, quiet=json)
@@ -85,15 +90,7 @@ def inspect(
             }
         )
         return
-    terminal.out.print(table(trace))
-    counts = Counter(p for layer in trace.kept for head in layer for p in head)
-    for position, count in counts.most_common(5):
-        piece = loaded.tokenizer.decode([ids[position]])
-        terminal.out.print(
-            f"position {position} ({piece!r}) is kept in {count} of "
-            f"{trace.magnitudes.shape[0] * trace.magnitudes.shape[1]} heads",
-            markup=False,
-        )
+    show(trace, [loaded.tokenizer.decode([i]) for i in ids])
     if out is not None:
         terminal.err.print(f"drawn into {out}", style="dim", markup=False)
 
@@ -128,24 +125,38 @@ def trace_prompt(decoder: "Decoder", ids: list[int], method: "Window") -> Trace:
     return Trace(np.stack(magnitudes), kept, moved, int(state.coded.num_coded[0]))
 
 
-def table(trace: Trace) -> Table:
-    """Lists the traced positions of each layer and KV head."""
-    _, num_heads, length = trace.magnitudes.shape
-    result = Table(
-        caption=f"Positions kept in full precision, of the {trace.num_coded} coded of {length} "
-        "tokens. In parentheses: kept until a smaller key came, still in full precision.",
-        caption_justify="left",
-    )
-    result.add_column("layer", justify="right")
+def show(trace: Trace, pieces: list[str]) -> None:
+    """Lists the traced positions of each layer and KV head, and the commonest tokens.
+
+    Args:
+      trace: of the prompt.
+      pieces: text of each token.
+    """
+    num_layers, num_heads, length = trace.magnitudes.shape
+    table = Table()
+    table.add_column("layer", justify="right")
     for head in range(num_heads):
-        result.add_column(f"KV head {head}")
+        table.add_column(f"KV head {head}")
     for layer, (kept, moved) in enumerate(zip(trace.kept, trace.moved, strict=True)):
         cells = [
             " ".join([*map(str, now), *(f"({p})" for p in before)]) or "-"
             for now, before in zip(kept, moved, strict=True)
         ]
-        result.add_row(str(layer), *cells)
-    return result
+        table.add_row(str(layer), *cells)
+    terminal.out.print(table)
+    terminal.out.print(
+        f"Positions of the tokens kept in full precision, of {trace.num_coded} coded ones "
+        f"({length} in all). In parentheses: kept until a smaller key came, and in full "
+        "precision still.",
+        style="dim",
+    )
+    counts = Counter(p for layer in trace.kept for head in layer for p in head)
+    for position, count in counts.most_common(5):
+        terminal.out.print(
+            f"position {position} {pieces[position]!r}: kept by {count} of "
+            f"{num_layers * num_heads} heads",
+            markup=False,
+        )
 
 
 def draw(trace: Trace, path: Path) -> None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+
+import pytest
+
+from kvq_jax.cli import main
+
+
+def test_entry_point():
+    (script,) = entry_points(group="console_scripts", name="kvq")
+    assert script.load() is main
+
+
+def test_version(kvq):
+    result = kvq("--version")
+    assert result.code == 0
+    assert result.out.startswith(f"kvq-jax {version('kvq-jax')} (jax ")
+
+
+def test_help(kvq):
+    result = kvq("--help")
+    assert result.code == 0
+    for command in ("demo", "generate", "chat", "eval", "inspect", "methods"):
+        assert f" {command} " in result.out
+        assert kvq(command, "--help").code == 0
+
+
+def test_no_command_shows_help(kvq):
+    result = kvq()
+    assert result.code == 2
+    assert "demo" in result.out + result.err
+    assert "error" not in result.err
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("generate",), ("--nonsense",)])
+def test_wrong_calls_exit_2(kvq, arguments):
+    result = kvq(*arguments)
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert len(result.err.splitlines()) == 2
+
+
+def test_methods(kvq):
+    rows = json.loads(kvq("methods", "--json").out)
+    assert [row["method"] for row in rows] == ["dense", "kivi", "ott", "sink"]
+    assert all(row["title"] and row["idea"] for row in rows)
+    assert rows[2]["defaults"]["num_outliers"] == 3
+    shown = kvq("methods")
+    assert shown.code == 0
+    for row in rows:
+        assert row["title"] in " ".join(shown.out.split())
+
+
+def test_help_does_not_wait_for_what_commands_need():
+    code = (
+        "import sys, kvq_jax.cli; kvq_jax.cli.main(['eval', '--help']); "
+        "assert not {'flax', 'matplotlib', 'tokenizers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_closed_pipe_is_quiet():
+    code = "import sys, kvq_jax.cli; sys.exit(kvq_jax.cli.main(['methods']))"
+    command = f'{sys.executable} -c "{code}" | true'
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert run.stderr == ""
