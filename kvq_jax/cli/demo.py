@@ -44,8 +44,8 @@ def demo() -> None:
     say(
         f"[bold]SmolLM2-135M-Instruct[/bold] in float32 on {jax.devices()[0].device_kind}: "
         f"{config.num_layers} layers, {config.num_kv_heads} KV heads of {config.head_dim} "
-        "channels. All figures below are measured now, on this machine; most of the time goes "
-        "into compiling.\n"
+        "channels. The 2-bit caches code groups of 32 tokens and leave the latest 32 or more "
+        "alone. All figures are measured now, on this machine; compiling takes most of the time.\n"
     )
     two = {name: caches[name] for name in ("dense", "ott")}
     say("[bold]1. Text[/bold]")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvq inspect: what the outlier tracer sees in a prompt, and what it keeps."""
 
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -181,20 +182,20 @@ def draw(trace: Trace, path: Path) -> None:
         for head, color in enumerate(colors):
             values = trace.magnitudes[layer, head]
             panel.plot(values, color=color, linewidth=0.7, alpha=0.6)
-            for positions, fill in ((trace.kept, color), (trace.moved, "white")):
-                where = positions[layer][head]
-                panel.scatter(where, values[where], s=26, color=fill, edgecolors="black", zorder=3)
+            kept, moved = trace.kept[layer][head], trace.moved[layer][head]
+            panel.scatter(kept, values[kept], s=26, color=color, edgecolors="black", zorder=3)
+            panel.scatter(moved, values[moved], s=22, color="white", edgecolors=color, zorder=3)
         untraced = not any(trace.kept[layer])
         panel.set_title(f"layer {layer}" + ", not traced" * untraced, fontsize=9, pad=3)
         panel.set_ylim(bottom=0)
         panel.set_xlim(-0.02 * length, length)
         panel.tick_params(labelsize=8)
-    marker = dict(marker="o", linestyle="", markeredgecolor="black")
+    dot = functools.partial(Line2D, [], [], marker="o", linestyle="")
     figure.legend(
         handles=[
             *(Line2D([], [], color=c, label=f"KV head {i}") for i, c in enumerate(colors)),
-            Line2D([], [], color="0.5", label="traced, kept", **marker),
-            Line2D([], [], color="white", label="traced, replaced since", **marker),
+            dot(color="0.5", markeredgecolor="black", label="traced, kept"),
+            dot(color="white", markeredgecolor="0.5", label="traced, replaced since"),
             Patch(color="0.92", label="not coded yet"),
         ],
         loc="outside upper center",
