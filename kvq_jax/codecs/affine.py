@@ -57,7 +57,9 @@ class Affine(Codec):
     ) -> AffineCode:
         """Returns the code of x; see `Codec.encode`."""
         tiles = self._tiles(x.astype(jnp.float32))
-        low = tiles.min((-3, -1), keepdims=True)
+        # XLA:CPU passes over NaN where it reduces a larger array to a minimum or maximum.
+        invalid = jnp.isnan(tiles).any((-3, -1), keepdims=True)
+        low = jnp.where(invalid, jnp.nan, tiles.min((-3, -1), keepdims=True))
         high = tiles.max((-3, -1), keepdims=True)
         levels = 2**self.bits - 1
         minimum = _round(low, self.scale_dtype, towards=-jnp.inf)
