@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Int
 from kvq_jax.base import KV, CacheSpec, Code, CodedSegment
 from kvq_jax.codecs.base import Codec
 
-BLOCK_SIZE = 512
-"""Tokens of a block; less if the cache is smaller. Large enough to amortise a loop step."""
+BLOCK_SIZE = 1024
+"""Most tokens of a block. Large enough to amortise a loop step, small enough for a CPU's L2."""
 
 
 def init(
@@ -20,8 +20,8 @@ def init(
 ) -> CodedSegment:
     """Returns an empty segment that can hold `num_tokens` tokens a row."""
     num_groups = math.ceil(num_tokens / group_size)
-    groups = min(max(1, BLOCK_SIZE // group_size), num_groups)
-    blocks = math.ceil(num_groups / max(groups, 1))
+    blocks = math.ceil(num_groups / max(1, BLOCK_SIZE // group_size))
+    groups = math.ceil(num_groups / max(blocks, 1))  # all alike, to round up as little as possible
     group = jax.ShapeDtypeStruct((group_size, spec.head_dim), spec.dtype)
 
     def empty(codec: Codec) -> Code:

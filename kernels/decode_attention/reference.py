@@ -19,7 +19,7 @@ def attention(
 
     Query t of a row stands at position length - T + t. A query that sees no token gives 0.
     """
-    batch, num_tokens, num_q_heads, head_dim = q.shape
+    batch, num_tokens, _, head_dim = q.shape
     num_kv_heads = kv.keys.shape[1]
     queries = q.astype(jnp.float32).reshape(batch, num_tokens, num_kv_heads, -1, head_dim)
     scores = jnp.einsum(

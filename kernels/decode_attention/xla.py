@@ -15,8 +15,8 @@ from kvq_jax.base import KV, CodedSegment
 from kvq_jax.codecs.base import Codec
 from kvq_jax.kernels.decode_attention import plain
 
-# Not -inf: a block without a visible token would give -inf - -inf = NaN.
-MASKED = float(jnp.finfo(jnp.float32).min)
+# Where the running maximum starts. Finite: with no token seen yet, -inf - -inf would be NaN.
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def decode_attention(
@@ -35,20 +35,22 @@ def decode_attention(
     num_kv_heads = dense.keys.shape[1]
     # Query heads of a KV head and new tokens are one axis: rows of one matrix product.
     rows = q.reshape(batch, num_tokens, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, num_kv_heads, -1, head_dim) * jnp.asarray(sm_scale, q.dtype)
+    rows = rows.reshape(batch, num_kv_heads, -1, head_dim)
     at = length[:, None] - num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
-    at = jnp.tile(at, (1, num_q_heads // num_kv_heads))[:, None, :, None]  # [B, 1, rows, 1]
+    if num_tokens > 1:  # one token's mask is the same for all rows, and stays one row
+        at = jnp.tile(at, (1, num_q_heads // num_kv_heads))
+    at = at[:, None, :, None]  # [B, 1, rows, 1]
 
     def update(carry, keys, values, positions):
         top, total, out = carry
-        scores = _matmul("bkrh,bksh->bkrs", rows, keys)
+        scores = _matmul("bkrh,bksh->bkrs", rows, keys) * sm_scale
         distance = at - positions[:, :, None, :]
         visible = (positions >= 0)[:, :, None, :] & (distance >= 0)
         if sliding_window is not None:
             visible &= distance < sliding_window
-        scores = jnp.where(visible, scores, MASKED)
+        scores = jnp.where(visible, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weights = jnp.where(visible, jnp.exp(scores - new_top), 0)
+        weights = jnp.exp(scores - new_top)
         decay = jnp.exp(top - new_top)
         total = total * decay + weights.sum(-1, keepdims=True)
         out = out * decay + _matmul("bkrs,bksh->bkrh", weights.astype(values.dtype), values)
@@ -56,20 +58,20 @@ def decode_attention(
 
     shape = rows.shape[:-1]
     carry = (
-        jnp.full((*shape, 1), MASKED, jnp.float32),
+        jnp.full((*shape, 1), LOWEST, jnp.float32),
         jnp.zeros((*shape, 1), jnp.float32),
         jnp.zeros((*shape, head_dim), jnp.float32),
     )
     if coded is not None and coded.block_table.size:
         carry = _over_coded(carry, update, coded, key_codec, value_codec, q.dtype)
-    _, total, out = _over_dense(carry, update, dense)
+    _, total, out = _over_dense(carry, update, dense, whole=num_tokens == 1)
     out = out / jnp.where(total == 0, 1, total)
     out = out.reshape(batch, num_kv_heads, -1, num_tokens, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)
 
 
 def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_codec, dtype):
-    batch, num_blocks = coded.block_table.shape
+    num_blocks = coded.block_table.shape[1]
 
     def read(i):
         block = jax.lax.dynamic_slice_in_dim(coded.block_table, i, 1, axis=1)
@@ -86,7 +88,7 @@ def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_c
     return jax.lax.fori_loop(0, used, body, carry)
 
 
-def _over_dense(carry, update: Callable, dense: KV):
+def _over_dense(carry, update: Callable, dense: KV, whole: bool):
     slots = dense.keys.shape[2]
     size = plain.BLOCK_SIZE
     if slots <= size:
@@ -100,8 +102,18 @@ def _over_dense(carry, update: Callable, dense: KV):
         block[2] = jnp.where(fresh, block[2], -1)
         return update(carry, *block)
 
-    occupied = jnp.where(dense.positions >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0)
-    return jax.lax.fori_loop(0, (occupied.max() + size - 1) // size, body, carry)
+    occupied = jnp.where(dense.positions >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0).max()
+
+    def by_block(carry):
+        return jax.lax.fori_loop(0, (occupied + size - 1) // size, body, carry)
+
+    if not whole:
+        return by_block(carry)
+    # XLA copies each block out of the cache; where most of it is occupied, reading all of it
+    # in place is twice as fast. Only for few rows, whose scores are small beside the cache.
+    return jax.lax.cond(
+        occupied > slots // 4 * 3, lambda carry: update(carry, *dense), by_block, carry
+    )
 
 
 def _matmul(equation: str, x: Array, y: Array) -> Array:

@@ -198,6 +198,9 @@ class Window(CacheTransform):
             ring.at[row, :, slot].set(x.swapaxes(1, 2), mode="drop")
             for ring, x in ((state.keys, k), (state.values, v))
         )
+        # Without the barrier XLA fuses the write once with the result and again with what reads
+        # it, and so copies the whole ring, in every layer and step.
+        keys, values = jax.lax.optimization_barrier((keys, values))
         return state._replace(keys=keys, values=values, length=length)
 
     def _code_group(
