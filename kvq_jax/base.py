@@ -14,11 +14,12 @@ Model-facing arrays are `B T K H`; stored arrays are `B K S H`, a head's tokens 
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 State = Any
@@ -26,6 +27,9 @@ State = Any
 
 Code = Any
 """A pytree that stands for a tensor; made and read by a `Codec`."""
+
+Implementation = Literal["xla", "reference"]
+"""Of `kvq_jax.decode_attention`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +109,8 @@ class CacheTransform(abc.ABC):
     arguments of `jax.jit`. For every method, at all times:
 
     - `attend(state, q)` equals dense attention over `read(state)`;
-    - the state depends on the tokens, not on how they were cut into calls;
+    - the state depends on the tokens, not on how they were cut into calls (but for what unused
+      slots hold);
     - rows of the batch don't influence each other;
     - structure, shapes and dtypes of the state never change.
 
@@ -162,7 +167,7 @@ class CacheTransform(abc.ABC):
         *,
         sm_scale: float | None = None,
         sliding_window: int | None = None,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
     ) -> Float[Array, "B T N H"]:
         """Returns the attention output of the last T tokens, which `append` has added.
 
@@ -249,7 +254,7 @@ def check_tokens(
         raise ValueError(
             f"lengths must be integers [B={batch_size}], got {lengths.dtype}{lengths.shape}"
         )
-    if any(isinstance(x, jax.core.Tracer) for x in (k, v, lengths, state.length)):
+    if any(isinstance(x, Tracer) for x in (k, v, lengths, state.length)):
         return  # what follows needs values
     new = np.full(batch_size, num_tokens) if lengths is None else np.asarray(lengths)
     if new.min() < 0 or new.max() > num_tokens:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvq_jax.base import CacheTransform
+from kvq_jax.base import CacheTransform, nbytes
 from kvq_jax.methods import dense, ott
 from kvq_jax.models import Decoder, LoadedModel, init_states
 from kvq_jax.sampling import Sampling, sample
 
-Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+Prompts = str | Sequence[str | Sequence[int]]
 
 CAPACITY_STEP = 512
 """Capacity is rounded up to this many tokens, so that few lengths compile anew."""
@@ -179,8 +179,6 @@ def decode_step(decoder: Decoder, method: CacheTransform) -> Callable:
 
 def dense_nbytes(decoder: Decoder, batch_size: int, capacity: int, dtype: Any) -> int:
     """Returns the bytes of a dense cache, without making one."""
-    from kvq_jax.base import nbytes
-
     init = functools.partial(init_states, decoder.config, dense(), batch_size, capacity, dtype)
     return nbytes(jax.eval_shape(init))
 
@@ -221,11 +219,11 @@ def _jitted(graph: _Graph, method: CacheTransform) -> tuple[Callable, Callable]:
 
 
 def _token_ids(prompts: Prompts, tokenizer, vocab_size: int) -> list[list[int]]:
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
+    batch = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not batch:
         raise ValueError("prompts is empty: give at least one")
     ids = []
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(batch):
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError("a bare decoder takes prompts of token ids, not texts")

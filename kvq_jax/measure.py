@@ -101,7 +101,9 @@ def evaluate(
             part = slice(start, min(start + 128, context - 1))
             targets = windows[:, part.start + 1 : part.stop + 1]
             parts.append(compare(state, reference[:, part], hidden[:, part], targets))
-        nll, kl, same = (np.concatenate(x, axis=1, dtype=np.float64) for x in zip(*parts))
+        nll, kl, same = (
+            np.concatenate(x, axis=1, dtype=np.float64) for x in zip(*parts, strict=True)
+        )
         results[name] = Quality(
             bits_per_element=bits_per_element(method, decoder.config, context),
             context=context,
@@ -115,14 +117,13 @@ def evaluate(
     return results
 
 
-def evenly_spread(tokens: Sequence[int], context: int, num_windows: int) -> np.ndarray:
-    """Returns windows of a text, `int32[num_windows, context]`, from its start to its end."""
-    if len(tokens) < context or num_windows < 1:
+def consecutive_windows(tokens: Sequence[int], context: int, num_windows: int) -> np.ndarray:
+    """Returns the first windows of a text, one after the other, `int32[num_windows, context]`."""
+    if context < 2 or num_windows < 1 or len(tokens) < context * num_windows:
         raise ValueError(
             f"{num_windows} windows of {context} tokens can't be cut from {len(tokens)} tokens"
         )
-    starts = np.linspace(0, len(tokens) - context, num_windows).astype(int)
-    return np.stack([np.asarray(tokens[i : i + context], np.int32) for i in starts])
+    return np.asarray(tokens[: context * num_windows], np.int32).reshape(num_windows, context)
 
 
 def bits_per_element(method: CacheTransform, config: DecoderConfig, length: int) -> float:

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Surgery on the rows of any state: beam search, and slots of a serving batch."""
 
-from typing import TypeVar
-
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from kvq_jax.base import CodedSegment
 
-S = TypeVar("S")
 
-
-def select_rows(state: S, rows: Int[Array, " b"]) -> S:
+def select_rows[S](state: S, rows: Int[Array, " b"]) -> S:
     """Returns the state (or a tuple of layers' states) made of the given rows, in that order.
 
     A row may be taken more than once, as beam search does; copies don't share anything.
@@ -48,7 +45,7 @@ def select_rows(state: S, rows: Int[Array, " b"]) -> S:
     return jax.tree.map(select, state, is_leaf=_is_coded)
 
 
-def insert_row(state: S, slot: int | Int[Array, ""], row: S) -> S:
+def insert_row[S](state: S, slot: int | Int[Array, ""], row: S) -> S:
     """Returns the state with one row replaced, such as by a new request's prefilled prompt.
 
     Args:
@@ -88,7 +85,7 @@ def _is_coded(x) -> bool:
 def _check_row(state, rows: Array) -> None:
     first = jax.tree.leaves(state, is_leaf=_is_coded)[0]
     batch_size = (first.num_coded if _is_coded(first) else first).shape[0]
-    if not isinstance(rows, jax.core.Tracer) and ((rows < 0) | (rows >= batch_size)).any():
+    if not isinstance(rows, Tracer) and ((rows < 0) | (rows >= batch_size)).any():
         raise ValueError(f"rows must be 0 to {batch_size - 1}, got {rows.tolist()}")
 
 

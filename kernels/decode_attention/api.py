@@ -3,17 +3,15 @@
 
 import logging
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import KV, CodedSegment
+from kvq_jax.base import KV, CodedSegment, Implementation
 from kvq_jax.codecs.base import Codec
 from kvq_jax.kernels.decode_attention import plain, reference, xla
-
-Implementation = Literal["xla", "reference"]
 
 log = logging.getLogger(__name__)
 

@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: of the command line; None takes the process's.
     """
     try:
-        return app(arguments, prog_name="kvq", standalone_mode=False) or 0
+        code = app(arguments, prog_name="kvq", standalone_mode=False)
+        sys.stdout.flush()  # here a closed pipe can still be dealt with
+        return code or 0
     except options.UsageError as error:
         path = error.ctx.command_path if error.ctx else "kvq"
         message = error.format_message()  # empty for `kvq` alone, which has printed its help
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return 130  # what a shell reports for Ctrl-C
-    except BrokenPipeError:
+    except ZeroDivisionError:
         # The reader has gone; keep Python from complaining when it flushes stdout at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

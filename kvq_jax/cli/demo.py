@@ -124,7 +124,7 @@ def show_quality(loaded: "LoadedModel", caches: dict[str, "CacheTransform"]) -> 
     from kvq_jax import measure
 
     text = resources.files("kvq_jax.cli").joinpath("demo.txt").read_text(encoding="utf-8")
-    windows = measure.evenly_spread(loaded.tokenizer.encode(text), _CONTEXT, 1)
+    windows = measure.consecutive_windows(loaded.tokenizer.encode(text), _CONTEXT, 1)
     with progress([*caches], quiet=False) as on_progress:
         qualities = measure.evaluate(loaded.decoder, windows, caches, on_progress=on_progress)
     show(qualities)

@@ -25,7 +25,7 @@ def evaluate(
         str, typer.Option(help="Comma-separated; kvq methods lists them.")
     ] = "dense,kivi,ott",
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="How many, evenly spread over the text.")] = 6,
+    windows: Annotated[int, typer.Option(min=1, help="How many, one after the other.")] = 6,
     skip: Annotated[
         int, typer.Option(min=0, help="First predictions of each window that are not scored.")
     ] = 128,
@@ -62,7 +62,7 @@ def evaluate(
             f"{textfile}: {len(tokens)} tokens are too few for {windows} windows of {context}: "
             "give a longer text, or a smaller --windows or --context"
         )
-    cut = measure.evenly_spread(tokens, context, windows)
+    cut = measure.consecutive_windows(tokens, context, windows)
     with progress(["dense", *caches], quiet=json) as on_progress:
         qualities = measure.evaluate(
             loaded.decoder, cut, caches, skip=skip, on_progress=on_progress

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvq_jax.base import KV, CacheSpec, CacheTransform, CodedSegment, check_tokens
+from kvq_jax.base import KV, CacheSpec, CacheTransform, CodedSegment, Implementation, check_tokens
 from kvq_jax.codecs.base import Codec
 from kvq_jax.engines.outliers import OutlierTracer, PoolState
 from kvq_jax.kernels.decode_attention import decode_attention, plain
@@ -115,7 +115,7 @@ class Window(CacheTransform):
         *,
         sm_scale: float | None = None,
         sliding_window: int | None = None,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
     ) -> Float[Array, "B T N H"]:
         """Returns the attention output of the last T tokens; see `CacheTransform.attend`."""
         out = decode_attention(
@@ -217,27 +217,32 @@ class Window(CacheTransform):
             new_tokens = jnp.take_along_axis(new, index[:, None, :, None], axis=2)
             return jnp.where(old, old_tokens, new_tokens)
 
-        def encode(pool_slots):
+        def encode(pool_keys: Array, pool_values: Array):
             keys, values = gather(state.keys, k), gather(state.values, v)
             group, pool, mask = KV(keys, values, positions[:, None]), state.pool, None
             if self.tracer and isinstance(pool, PoolState):
-                pool, *pool_slots, group = self.tracer.trace(pool, *pool_slots, group, where)
+                pool, pool_keys, pool_values, group = self.tracer.trace(
+                    pool, pool_keys, pool_values, group, where
+                )
                 mask = group.mask
-            codes = (self.key_codec.encode(group.keys), self.value_codec.encode(values, mask))
-            return codes, pool, tuple(pool_slots)
+            key_code = self.key_codec.encode(group.keys)
+            value_code = self.value_codec.encode(values, mask)
+            return key_code, value_code, pool, pool_keys, pool_values
+
+        def pass_by(pool_keys: Array, pool_values: Array):
+            return *blank, state.pool, pool_keys, pool_values
 
         # Only small arrays come out of the conditional: the codes are written outside of it,
         # in place, where a conditional would copy the cache.
-        pool_slots = tuple(x[:, :, : self._pool_slots] for x in (state.keys, state.values))
-        blank = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(encode, pool_slots)[0]
-        )
-        codes, pool, pool_slots = jax.lax.cond(
-            where.any(), encode, lambda pool_slots: (blank, state.pool, pool_slots), pool_slots
+        pool_keys, pool_values = (x[:, :, : self._pool_slots] for x in (state.keys, state.values))
+        shapes = jax.eval_shape(encode, pool_keys, pool_values)[:2]
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        key_code, value_code, pool, pool_keys, pool_values = jax.lax.cond(
+            where.any(), encode, pass_by, pool_keys, pool_values
         )
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(x, pooled, 0, axis=2)
-            for x, pooled in zip((state.keys, state.values), pool_slots, strict=True)
+            for x, pooled in ((state.keys, pool_keys), (state.values, pool_values))
         )
-        coded = plain.write_group(state.coded, *codes, self.group_size, where)
+        coded = plain.write_group(state.coded, key_code, value_code, self.group_size, where)
         return state._replace(coded=coded, keys=keys, values=values, pool=pool)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import KV, CacheSpec, CacheTransform, check_tokens
+from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, check_tokens
 from kvq_jax.kernels.decode_attention import decode_attention
 
 
@@ -71,7 +71,7 @@ class Dense(CacheTransform):
         *,
         sm_scale: float | None = None,
         sliding_window: int | None = None,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
     ) -> Float[Array, "B T N H"]:
         """Returns the attention output of the last T tokens; see `CacheTransform.attend`."""
         out = decode_attention(

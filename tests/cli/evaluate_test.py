@@ -40,7 +40,7 @@ def test_json_says_what_measure_says(kvq, tiny, text_file):
     assert dense["bits_per_element"] > ott["bits_per_element"] > coded["bits_per_element"]
 
     model = load(tiny)
-    windows = measure.evenly_spread(model.tokenizer.encode(text_file.read_text()), 97, 2)
+    windows = measure.consecutive_windows(model.tokenizer.encode(text_file.read_text()), 97, 2)
     method = kvq_jax.kivi(group_size=32, residual_length=0)
     expected = measure.evaluate(model.decoder, windows, {"kivi": method}, skip=40)["kivi"]
     assert coded["kl"] == pytest.approx(expected.kl)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -62,8 +63,11 @@ def test_help_does_not_wait_for_what_commands_need():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_closed_pipe_is_quiet():
-    code = "import sys, kvq_jax.cli; sys.exit(kvq_jax.cli.main(['methods']))"
-    command = f'{sys.executable} -c "{code}" | true'
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+@pytest.mark.parametrize("arguments", [["methods"], ["methods", "--json"]])
+def test_closed_pipe_is_quiet(arguments):
+    code = f"import sys, kvq_jax.cli; sys.exit(kvq_jax.cli.main({arguments}))"
+    # Buffered, so that the pipe is found closed at the end.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = ["bash", "-c", '"$0" -c "$1" | true', sys.executable, code]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert run.stderr == ""

@@ -168,8 +168,5 @@ def test_refuses_other_bits(bits):
 @every
 def test_leading_axes_are_independent(bits, tile, getkey):
     codec, x = Affine(bits, tile), sample(getkey())
-    both = codec.encode(x)
-    for i in range(2):
-        jax.tree.map(
-            np.testing.assert_array_equal, codec.encode(x[i]), jax.tree.map(lambda y: y[i], both)
-        )
+    first = jax.tree.map(lambda leaf: leaf[0], codec.encode(x))
+    jax.tree.map(np.testing.assert_array_equal, codec.encode(x[0]), first)

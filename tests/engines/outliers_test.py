@@ -80,9 +80,7 @@ def test_pools_holes_and_means_are_those_of_the_account(num_outliers, num_auxili
         for slot, position in enumerate(positions):
             if position >= 0:  # the tokens themselves, exactly
                 np.testing.assert_array_equal(state.keys[row, head, slot], keys[position])
-                np.testing.assert_array_equal(
-                    state.values[row, head, slot], v[row, position, head]
-                )
+                np.testing.assert_array_equal(state.values[row, head, slot], v[row, position, head])
         in_codes = np.asarray(read.positions[row, head])
         expected = set(account.coded) - account.holes
         assert set(in_codes[in_codes >= 0].tolist()) == expected

@@ -32,7 +32,7 @@ def golden(kind, layer, bits, group, dtype):
     shape = (3, 512 // group, 64) if kind == "k" else (3, 512, 64 // group)
     scale, minimum = (GOLDEN[f"{prefix}_{name}"].reshape(shape) for name in ("scale", "mn"))
     deq = f"{prefix}_deq"
-    return fields, scale, minimum, GOLDEN[deq] if deq in GOLDEN else None
+    return fields, scale, minimum, GOLDEN.get(deq)
 
 
 def spread(x, shape):
