@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return 130  # what a shell reports for Ctrl-C
-    except ZeroDivisionError:
+    except BrokenPipeError:
         # The reader has gone; keep Python from complaining when it flushes stdout at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
