@@ -85,7 +85,8 @@ def show_text(loaded: "LoadedModel", caches: dict[str, "CacheTransform"]) -> Non
     terminal.out.print(table)
     terminal.out.print(
         f"Both have room for {CAPACITY_STEP} tokens; the likeliest token is taken each time. In "
-        f"the end {coded} of {length} tokens were kept in 2-bit codes, the latest ones in float32.",
+        f"the end {coded} of {length} tokens were in 2-bit codes; the latest ones, and outliers "
+        "among the others, in float32.",
         style="dim",
     )
 
