@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from kvq_jax.base import CacheTransform, nbytes
 from kvq_jax.methods import dense, ott
-from kvq_jax.models import Decoder, LoadedModel, init_states
+from kvq_jax.models import Decoder, Layer, LoadedModel, init_states
 from kvq_jax.sampling import Sampling, sample
 
 Prompts = str | Sequence[str | Sequence[int]]
@@ -103,7 +102,7 @@ def generate(
     draw = jax.jit(sample, static_argnums=1)
     key = jax.random.key(seed)
     states = init_states(decoder.config, method, len(ids), capacity, decoder.dtype)
-    logits, states = prefill_step(decoder, method)(states, *pad(ids))
+    logits, states = prefill(decoder, method, states, pad(ids))
     tokens: list[list[int]] = [[] for _ in ids]
     done = np.zeros(len(ids), bool)
     marks = []
@@ -157,14 +156,18 @@ def bucket(length: int) -> int:
     return max(64, 1 << (length - 1).bit_length())
 
 
-def prefill_step(decoder: Decoder, method: CacheTransform) -> Callable:
-    """Returns a jitted (states, tokens `B T`, lengths `B`) -> (last logits `B V`, states).
+def prefill(
+    decoder: Decoder, method: CacheTransform, states: tuple[Any, ...], prompts: Padded
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Runs padded prompts; returns the logits of their last tokens `B V` and the states.
 
-    The states are donated.
+    Layers run one by one, so that one compilation serves them all. The given states are donated.
     """
-    graph, params = _split(decoder)
-    run = _jitted(graph, method)[0]
-    return lambda states, tokens, lengths: run(params, states, tokens, lengths)
+    tokens, lengths = map(jnp.asarray, prompts)
+    hidden, states = decoder.prefill(
+        tokens, states, method, lengths=lengths, run_layer=_prefill_layer
+    )
+    return _last_logits(decoder, hidden, lengths), states
 
 
 def decode_step(decoder: Decoder, method: CacheTransform) -> Callable:
@@ -172,9 +175,10 @@ def decode_step(decoder: Decoder, method: CacheTransform) -> Callable:
 
     The states are donated: the cache is updated in place.
     """
-    graph, params = _split(decoder)
-    run = _jitted(graph, method)[1]
-    return lambda states, tokens: run(params, states, tokens)
+    # A flat list of arrays is what jit dispatches fastest, 30 layers at a time.
+    params, structure = jax.tree.flatten(decoder)
+    step = _jitted_step(structure, method)
+    return lambda states, tokens: step(params, states, tokens)
 
 
 def dense_nbytes(decoder: Decoder, batch_size: int, capacity: int, dtype: Any) -> int:
@@ -183,39 +187,24 @@ def dense_nbytes(decoder: Decoder, batch_size: int, capacity: int, dtype: Any) -
     return nbytes(jax.eval_shape(init))
 
 
-class _Graph(NamedTuple):
-    """A decoder without its arrays; hashable."""
-
-    definition: Any
-    params: Any
+_prefill_layer = jax.jit(Layer.prefill, static_argnames="cache", donate_argnames="state")
 
 
-def _split(decoder: Decoder) -> tuple[_Graph, list[jax.Array]]:
-    # A flat list of arrays is what jit dispatches fastest, 30 layers at a time.
-    definition, state = nnx.split(decoder)
-    params, structure = jax.tree.flatten(state)
-    return _Graph(definition, structure), params
+@jax.jit
+def _last_logits(decoder: Decoder, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return decoder.logits(last)
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted(graph: _Graph, method: CacheTransform) -> tuple[Callable, Callable]:
-    def merge(params) -> Decoder:
-        return nnx.merge(graph.definition, jax.tree.unflatten(graph.params, params))
-
+def _jitted_step(structure: Any, method: CacheTransform) -> Callable:
     @functools.partial(jax.jit, donate_argnums=1)
-    def prefill(params, states, tokens, lengths):
-        decoder = merge(params)
-        hidden, states = decoder.prefill(tokens, states, method, lengths=lengths)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return decoder.logits(last), states
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def decode(params, states, tokens):
-        decoder = merge(params)
+    def step(params, states, tokens):
+        decoder = jax.tree.unflatten(structure, params)
         hidden, states = decoder(tokens, states, method)
         return decoder.logits(hidden[:, -1]), states
 
-    return prefill, decode
+    return step
 
 
 def _token_ids(prompts: Prompts, tokenizer, vocab_size: int) -> list[list[int]]:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 
 from kvq_jax.base import CacheSpec, CacheTransform, nbytes
 from kvq_jax.methods import dense
-from kvq_jax.models import Decoder, DecoderConfig, init_states
+from kvq_jax.models import Decoder, DecoderConfig, Layer, init_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,29 +67,18 @@ def evaluate(
     num_windows, context = windows.shape
     if context - 1 <= skip:
         raise ValueError(f"windows of {context} tokens leave nothing to score after skip={skip}")
-    graph, state = nnx.split(decoder)
 
     def hidden_states(name: str, method: CacheTransform) -> Array:
-        @functools.partial(jax.jit, donate_argnums=1)
-        def step(state, cache, tokens):
-            return nnx.merge(graph, state)(tokens, cache, method)
-
         cache = init_states(decoder.config, method, num_windows, context, decoder.dtype)
         parts, start = [], 0
         for size in method.exact_calls(context - 1):
-            hidden, cache = step(state, cache, windows[:, start : start + size])
+            tokens = jnp.asarray(windows[:, start : start + size])
+            hidden, cache = decoder(tokens, cache, method, run_layer=_run_layer)
             parts.append(hidden.block_until_ready())
             start += size
             if on_progress:
                 on_progress(name, start, context - 1)
         return jnp.concatenate(parts, axis=1)
-
-    @jax.jit
-    def compare(state, reference, hidden, targets):
-        decoder = nnx.merge(graph, state)
-        p, q = (jax.nn.log_softmax(decoder.logits(x)) for x in (reference, hidden))
-        nll = -jnp.take_along_axis(q, targets[..., None], -1)[..., 0]
-        return nll, (jnp.exp(p) * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
     reference = hidden_states("dense", dense())
     results = {}
@@ -100,7 +88,7 @@ def evaluate(
         for start in range(skip, context - 1, 128):  # logits of a few tokens at a time
             part = slice(start, min(start + 128, context - 1))
             targets = windows[:, part.start + 1 : part.stop + 1]
-            parts.append(compare(state, reference[:, part], hidden[:, part], targets))
+            parts.append(_compare(decoder, reference[:, part], hidden[:, part], targets))
         nll, kl, same = (
             np.concatenate(x, axis=1, dtype=np.float64) for x in zip(*parts, strict=True)
         )
@@ -115,6 +103,18 @@ def evaluate(
             top1=float(same.mean()),
         )
     return results
+
+
+# A layer at a time: one compilation serves all layers.
+_run_layer = jax.jit(Layer.__call__, static_argnames="cache", donate_argnames="state")
+
+
+@jax.jit
+def _compare(decoder: Decoder, reference: Array, hidden: Array, targets: Array):
+    """Returns negative log likelihood, KL and whether the most likely token is the same."""
+    p, q = (jax.nn.log_softmax(decoder.logits(x)) for x in (reference, hidden))
+    nll = -jnp.take_along_axis(q, targets[..., None], -1)[..., 0]
+    return nll, (jnp.exp(p) * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
 
 def consecutive_windows(tokens: Sequence[int], context: int, num_windows: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only transformer of the Llama family, in Flax."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,32 @@ class Layer(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        cache: CacheTransform,
+    ) -> tuple[Float[Array, "B T M"], Any]:
+        """Runs T tokens after those the cache holds; see `Attention`."""
+        out, state = self.attention(self.attention_norm(x), positions, state, cache)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def prefill(
+        self,
+        x: Float[Array, "B T M"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        cache: CacheTransform,
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T M"], Any]:
+        """Runs a right-padded batch of prompts on an empty cache; see `Attention.prefill`."""
+        normed = self.attention_norm(x)
+        out, state = self.attention.prefill(normed, positions, state, cache, lengths)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), state
 
 
 class Decoder(nnx.Module):
@@ -67,7 +94,12 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], states: States, cache: CacheTransform
+        self,
+        tokens: Int[Array, "B T"],
+        states: States,
+        cache: CacheTransform,
+        *,
+        run_layer: Callable = Layer.__call__,
     ) -> tuple[Float[Array, "B T M"], States]:
         """Runs T tokens after those the cache holds: a decode step, or a chunk of a prompt.
 
@@ -75,6 +107,8 @@ class Decoder(nnx.Module):
           tokens: the next T tokens of every row; an id outside the vocabulary gives NaN.
           states: one cache state a layer, as `init_states` or `prefill` returned them.
           cache: the transform the states belong to; static under jit.
+          run_layer: `Layer.__call__`, or that jitted: outside of `jax.jit` it compiles once for
+            all layers, and costs a dispatch each.
 
         Returns:
           Hidden states of the T tokens, to be given to `logits`, and the new states.
@@ -83,9 +117,7 @@ class Decoder(nnx.Module):
         x = self._embed(tokens)
         new_states = []
         for layer, state in zip(self.layers, states, strict=True):
-            out, state = layer.attention(layer.attention_norm(x), positions, state, cache)
-            x = x + out
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x, state = run_layer(layer, x, positions, state, cache)
             new_states.append(state)
         return self.norm(x), tuple(new_states)
 
@@ -96,6 +128,7 @@ class Decoder(nnx.Module):
         cache: CacheTransform,
         *,
         lengths: Int[Array, " B"] | None = None,
+        run_layer: Callable = Layer.prefill,
     ) -> tuple[Float[Array, "B T M"], States]:
         """Runs a whole prompt with exact attention and fills empty states with it.
 
@@ -104,6 +137,7 @@ class Decoder(nnx.Module):
           states: empty states, as `init_states` returns them.
           cache: the transform the states belong to; static under jit.
           lengths: valid tokens of each row; None means all T.
+          run_layer: `Layer.prefill`, or that jitted; see `__call__`.
 
         Returns:
           Hidden states and the new states. Hidden states of padding mean nothing; the last of
@@ -116,11 +150,7 @@ class Decoder(nnx.Module):
         x = self._embed(tokens)
         new_states = []
         for layer, state in zip(self.layers, states, strict=True):
-            out, state = layer.attention.prefill(
-                layer.attention_norm(x), positions, state, cache, lengths
-            )
-            x = x + out
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x, state = run_layer(layer, x, positions, state, cache, lengths)
             new_states.append(state)
         return self.norm(x), tuple(new_states)
 

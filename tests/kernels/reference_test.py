@@ -45,9 +45,10 @@ def test_large_scores_do_not_overflow():
     assert by_hand(q=jnp.full((1, 1, 1, 1), 1e4)) == [5.0]
 
 
-@pytest.mark.parametrize("num_q_heads, num_kv_heads", [(4, 4), (6, 2), (4, 1)])
-@pytest.mark.parametrize("num_tokens", [1, 5])
-@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize(
+    "num_q_heads, num_kv_heads, num_tokens, sliding_window",
+    [(4, 4, 5, None), (6, 2, 1, None), (6, 2, 5, 7), (4, 1, 5, None), (4, 1, 1, 7)],
+)
 def test_is_jax_attention(num_q_heads, num_kv_heads, num_tokens, sliding_window, getkey):
     lengths, slots, head_dim = np.array([40, 12, 5]), 40, 16
     k, v = (jax.random.normal(getkey(), (3, slots, num_kv_heads, head_dim)) for _ in "kv")
