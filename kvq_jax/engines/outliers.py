@@ -112,10 +112,9 @@ class OutlierTracer:
         outlier = traced[..., None] & wins[..., num_outliers:]
 
         # Losers go to the auxiliary pool in the order of their slots.
-        rank = jnp.arange(num_auxiliary) - pool.num_auxiliary[..., None]
-        loser = jnp.argsort(~loses, axis=-1, stable=True)
-        loser = jnp.take_along_axis(loser, rank.clip(0, num_outliers - 1), axis=-1)
-        receives = (rank >= 0) & (rank < num_losers[..., None])
+        place = pool.num_auxiliary[..., None] + loses.cumsum(-1, dtype=jnp.int32) - 1
+        goes = loses[..., None, :] & (place[..., None, :] == jnp.arange(num_auxiliary)[:, None])
+        loser, receives = goes.argmax(-1), goes.any(-1)  # of each auxiliary slot
 
         def move(pooled: Array, new: Array) -> Array:
             """Fills both pools with winners of `pooled` and `new` (slots on axis 2)."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 import kvq_jax as kvq
+from kvq_jax.kernels.decode_attention import plain
 
 
 class Shape(NamedTuple):
@@ -62,7 +63,7 @@ def kivi_nbytes(spec, bits, value_bits, coded, group=GROUP):
     head = coded * width * (bits + value_bits) / 8
     head += 4 * coded * width * (1 / group + 1 / min(group, width))
     head += 2 * (group + RESIDUAL) * width * d
-    blocks = math.ceil(coded / 512)
+    blocks = math.ceil(coded / plain.BLOCK_SIZE)
     return spec.batch_size * (spec.num_kv_heads * head + 4 + 4 + 4 * blocks)
 
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of every method on real text: KL to the dense cache, perplexity, top-1, bits.
+
+    python benchmarks/quality.py handbook.txt.gz --json benchmarks/results/quality.json
+
+Any text will do; the recorded figures are of the Debian Administrator's Handbook (from Debian's
+package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
+first of the text, one after the other; the first 128 predictions of each are not scored. Bits per
+element count everything, at a length of 4096 with bfloat16 for what is dense.
+
+The rows "peer ..." check the measuring itself. They are a second, slow account of KIVI with the
+windows of its authors' code (keys are coded 128 at a time, values one by one), made of dense
+arrays: what others measured with those windows must come out.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import kvq_jax as kvq
+from kvq_jax import measure
+from kvq_jax.base import Implementation
+from kvq_jax.codecs import Affine
+from kvq_jax.methods.dense import Dense, DenseState
+
+PEERS = {"group_size": 32, "residual_length": 128}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES))
+    options = parser.parse_args()
+    model = kvq.models.load(options.model)
+    rows = []
+    for path in options.texts:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            tokens = model.tokenizer.encode(file.read())
+        for name in options.only:
+            context, num_windows, methods = SUITES[name]
+            windows = measure.consecutive_windows(tokens, context, num_windows)
+            start = time.perf_counter()
+            for setting, quality in measure.evaluate(model.decoder, windows, methods).items():
+                row = {"text": path.name, "suite": name, "setting": setting}
+                row |= dataclasses.asdict(quality)
+                if not setting.startswith("peer"):
+                    row["bits_at_4096"] = measure.bits_per_element(
+                        methods[setting], model.config, 4096
+                    )
+                rows.append(row)
+                print(
+                    f"{path.name} {context:5} {setting:36} {row.get('bits_at_4096', 0):6.3f} bits"
+                    f"  ppl {quality.perplexity:6.2f}  kl {quality.kl:.4f}"
+                    f" ± {quality.kl_stderr:.4f}  p99 {quality.kl_p99:.3f}  top1 {quality.top1:.3f}",
+                    flush=True,
+                )
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if options.json:
+        device = jax.devices()[0].device_kind
+        report = {"jax": jax.__version__, "device": device, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedKivi(Dense):
+    """KIVI with its authors' windows, simulated on a dense cache.
+
+    Attributes:
+      keep: "none", or which 3 tokens of each head to leave exact: those with the "smallest" key
+        (L1 norm) or the "first". Their groups are coded as if they were not exact.
+      group_size: of the codes.
+      residual_length: R: the last length mod R keys and the last R values are exact.
+    """
+
+    keep: str = "none"
+    group_size: int = 32
+    residual_length: int = 128
+
+    def attend(
+        self,
+        state: DenseState,
+        q: jax.Array,
+        *,
+        sm_scale: float | None = None,
+        sliding_window: int | None = None,
+        implementation: Implementation | None = None,
+    ) -> jax.Array:
+        """Scores every token twice, exact and coded, and takes what the query's window says."""
+        assert sm_scale is None and sliding_window is None and implementation is None
+        keys, values, num_tokens = state.keys, state.values, q.shape[1]
+        slot = jnp.arange(keys.shape[2])
+        kept = jnp.zeros(keys.shape[:3], bool)
+        if self.keep == "first":
+            kept = jnp.broadcast_to(slot < 3, kept.shape)
+        if self.keep == "smallest":
+            score = jnp.abs(keys).sum(-1) + jnp.where(
+                slot < state.length[:, None, None], 0, jnp.inf
+            )
+            kept = (jax.lax.top_k(-score, 3)[1][..., None] == slot).any(-2)
+        coded_keys = jnp.where(kept[..., None], keys, self._code(keys, (self.group_size, 1)))
+        coded_values = jnp.where(kept[..., None], values, self._code(values, (1, self.group_size)))
+        at = state.length[:, None] - num_tokens + jnp.arange(num_tokens)
+        key_is_coded, value_is_coded, visible = (
+            (slot < limit[..., None])[:, None, None]
+            for limit in (
+                at // self.residual_length * self.residual_length,
+                at - self.residual_length,
+                at + 1,
+            )
+        )
+        q = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
+        with jax.default_matmul_precision("highest"):
+            exact, coded = (jnp.einsum("btkgh,bksh->bkgts", q, x) for x in (keys, coded_keys))
+            scores = jnp.where(key_is_coded, coded, exact)
+            weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+            out = sum(
+                jnp.einsum("bkgts,bksh->btkgh", jnp.where(mask, weights, 0), x)
+                for mask, x in ((value_is_coded, coded_values), (~value_is_coded, values))
+            )
+        return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+    def _code(self, x: jax.Array, tile: tuple[int, int]) -> jax.Array:
+        """Codes and decodes whole groups; a last part of one is never asked for."""
+        whole = x.shape[2] // self.group_size * self.group_size
+        codec = Affine(2, tile, scale_dtype=jnp.float32)
+        groups = x[:, :, :whole].reshape(*x.shape[:2], -1, self.group_size, x.shape[3])
+        decoded = codec.decode(codec.encode(groups), x.dtype)
+        return x.at[:, :, :whole].set(decoded.reshape(*x.shape[:2], whole, x.shape[3]))
+
+
+def at_1024() -> dict[str, kvq.CacheTransform]:
+    """The peers' setting, the paper's, and a table around them."""
+    methods = {
+        "dense": kvq.dense(),
+        "peer kivi g32 r128": SimulatedKivi(),
+        "peer ott3 g32 r128": SimulatedKivi("smallest"),
+        "peer sink3 g32 r128": SimulatedKivi("first"),
+        "kivi 4-bit g32 r128": kvq.kivi(bits=4, **PEERS),
+        "ott 4-bit g32 r128": kvq.ott(bits=4, **PEERS),
+        "kivi k4v2 g32 r128": kvq.kivi(bits=4, value_bits=2, **PEERS),
+        "kivi k2v4 g32 r128": kvq.kivi(bits=2, value_bits=4, **PEERS),
+        "ott k4v2 g32 r128": kvq.ott(bits=4, value_bits=2, **PEERS),
+        "kivi 8-bit g32 r32": kvq.kivi(bits=8, group_size=32, residual_length=32),
+    }
+    for group, residual in ((32, 128), (32, 32), (64, 128), (64, 32), (128, 128), (128, 32)):
+        sizes = {"group_size": group, "residual_length": residual}
+        methods |= {
+            f"kivi g{group} r{residual}": kvq.kivi(**sizes),
+            f"ott g{group} r{residual}": kvq.ott(**sizes),
+            f"sink4 g{group} r{residual}": kvq.sink(**sizes),
+        }
+    for number in (1, 2, 6, 8):
+        methods[f"ott g32 r128, {number} outliers"] = kvq.ott(num_outliers=number, **PEERS)
+        methods[f"ott g128 r32, {number} outliers"] = kvq.ott(num_outliers=number)
+    for layers in (0, 1, 4, 8):
+        methods[f"ott g32 r128, {layers} untraced"] = kvq.ott(untraced_layers=layers, **PEERS)
+    return methods | {
+        "ott g32 r128, l2": kvq.ott(score="l2", **PEERS),
+        "ott g32 r128, shared heads": kvq.ott(share_heads=True, **PEERS),
+        "ott g32 r128, 8 auxiliary": kvq.ott(num_auxiliary=8, **PEERS),
+        "ott g32 r0": kvq.ott(group_size=32, residual_length=0),
+    }
+
+
+def at_4096() -> dict[str, kvq.CacheTransform]:
+    """The whole history coded, at the peers' setting and the paper's."""
+    paper = {"group_size": 128, "residual_length": 32}
+    return {
+        "dense": kvq.dense(),
+        "peer kivi g32 r128": SimulatedKivi(),
+        "peer ott3 g32 r128": SimulatedKivi("smallest"),
+        "kivi 4-bit g32 r128": kvq.kivi(bits=4, **PEERS),
+        "ott 4-bit g32 r128": kvq.ott(bits=4, **PEERS),
+        "kivi g32 r128": kvq.kivi(**PEERS),
+        "ott g32 r128": kvq.ott(**PEERS),
+        "sink4 g32 r128": kvq.sink(**PEERS),
+        "kivi g128 r32": kvq.kivi(**paper),
+        "ott g128 r32": kvq.ott(**paper),
+        "sink4 g128 r32": kvq.sink(**paper),
+    }
+
+
+SUITES = {"1024": (1024, 6, at_1024()), "4096": (4096, 2, at_4096())}
+
+if __name__ == "__main__":
+    main()
