@@ -141,10 +141,10 @@ class Window(CacheTransform):
         return concatenate(coded, dense)
 
     def exact_calls(self, num_tokens: int) -> list[int]:
-        """Cuts where a group is coded; see `CacheTransform`."""
-        first = min(self._window, num_tokens)
+        """Cuts where a group is coded, W tokens and whole groups on; see `CacheTransform`."""
+        first = min(self._window % self.group_size, num_tokens)
         full, rest = divmod(num_tokens - first, self.group_size)
-        return [first] + [self.group_size] * full + [rest] * (rest > 0)
+        return [first] * (first > 0) + [self.group_size] * full + [rest] * (rest > 0)
 
     @property
     def _window(self) -> int:
@@ -244,5 +244,7 @@ class Window(CacheTransform):
             jax.lax.dynamic_update_slice_in_dim(x, pooled, 0, axis=2)
             for x, pooled in ((state.keys, pool_keys), (state.values, pool_values))
         )
+        # The next write to the ring has to wait for the reads above, or they get a copy of it.
+        keys, values, key_code = jax.lax.optimization_barrier((keys, values, key_code))
         coded = plain.write_group(state.coded, key_code, value_code, self.group_size, where)
         return state._replace(coded=coded, keys=keys, values=values, pool=pool)

@@ -12,6 +12,7 @@ Bytes of a state with capacity C in a dtype of d bytes: 2 K H C d, and 4 for eac
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -104,11 +105,14 @@ class Dense(CacheTransform):
         index = jnp.arange(num_tokens, dtype=jnp.int32)
         slot = jnp.where(index < new[:, None], state.length[:, None] + index, capacity)
         row = jnp.arange(batch)[:, None]
-        return DenseState(
-            keys=state.keys.at[row, :, slot].set(k, mode="drop"),
-            values=state.values.at[row, :, slot].set(v, mode="drop"),
-            length=state.length + new.astype(jnp.int32),
+        # The barrier keeps the write from being fused into attention besides, with a copy.
+        keys, values = jax.lax.optimization_barrier(
+            tuple(
+                x.at[row, :, slot].set(new_tokens, mode="drop")
+                for x, new_tokens in ((state.keys, k), (state.values, v))
+            )
         )
+        return DenseState(keys, values, state.length + new.astype(jnp.int32))
 
 
 def dense() -> Dense:

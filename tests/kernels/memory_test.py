@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiled decode step allocates: no dense copy of the cache, and none of its state."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -63,3 +65,21 @@ def test_a_donated_step_is_in_place(method):
     (temp, state), (more_temp, more_state) = measure(CAPACITY), measure(2 * CAPACITY)
     assert temp < 0.2 * state
     assert more_temp - temp < 0.03 * (more_state - state)
+
+
+@methods
+def test_a_small_cache_is_not_copied_either(method):
+    """Without a loop between them, XLA likes to fuse the write of a token with its reader."""
+
+    def step(state, q, k, v):
+        state = method.append(state, k, v)
+        return state, method.attend(state, q)
+
+    spec = kvq.CacheSpec(1, K, 512, H, jnp.float32)
+    cache = jax.eval_shape(lambda: method.init(spec))
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, tokens(N), tokens(K), tokens(K))
+    slots = cache.keys.shape
+    copies = re.findall(
+        rf"f32\[{','.join(map(str, slots))}\]\S* copy\(", compiled.compile().as_text()
+    )
+    assert not copies
