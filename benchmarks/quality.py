@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--match", default="", help="only settings whose name contains this")
     options = parser.parse_args()
     model = kvq.models.load(options.model)
     rows = []
@@ -46,9 +47,11 @@ def main():
             tokens = model.tokenizer.encode(file.read())
         for name in options.only:
             context, num_windows, methods = SUITES[name]
+            methods = {k: v for k, v in methods.items() if options.match in k}
             windows = measure.consecutive_windows(tokens, context, num_windows)
             start = time.perf_counter()
-            for setting, quality in measure.evaluate(model.decoder, windows, methods).items():
+            for setting, quality in measure.evaluate_each(model.decoder, windows, methods):
+                done = time.perf_counter() - start
                 row = {"text": path.name, "suite": name, "setting": setting}
                 row |= dataclasses.asdict(quality)
                 if not setting.startswith("peer"):
@@ -57,16 +60,20 @@ def main():
                     )
                 rows.append(row)
                 print(
-                    f"{path.name} {context:5} {setting:36} {row.get('bits_at_4096', 0):6.3f} bits"
-                    f"  ppl {quality.perplexity:6.2f}  kl {quality.kl:.4f}"
-                    f" ± {quality.kl_stderr:.4f}  p99 {quality.kl_p99:.3f}  top1 {quality.top1:.3f}",
+                    f"{done:4.0f} s  {path.name} {context:5} {setting:27}"
+                    f" {row.get('bits_at_4096', 0):6.3f} bits  ppl {quality.perplexity:6.2f}"
+                    f"  kl {quality.kl:.4f} ± {quality.kl_stderr:.4f}"
+                    f"  p99 {quality.kl_p99:.3f}  top1 {quality.top1:.3f}",
                     flush=True,
                 )
-            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    if options.json:
-        device = jax.devices()[0].device_kind
-        report = {"jax": jax.__version__, "device": device, "rows": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+                if options.json:
+                    write(options.json, rows)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Writes what there is; a long run that is cut off keeps its rows."""
+    report = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rows": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from kvq_jax.rows import insert_row, select_rows
 
 if TYPE_CHECKING:
     from kvq_jax import models
-    from kvq_jax.generate import Generation, generate
+    from kvq_jax.generation import Generation, generate
     from kvq_jax.sampling import Sampling
 
 __all__ = [
@@ -50,8 +50,8 @@ __all__ = [
 
 _LAZY = {
     "models": "kvq_jax.models",
-    "generate": "kvq_jax.generate",
-    "Generation": "kvq_jax.generate",
+    "generate": "kvq_jax.generation",
+    "Generation": "kvq_jax.generation",
     "Sampling": "kvq_jax.sampling",
 }
 
@@ -60,6 +60,4 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])
-    value = module if name == "models" else getattr(module, name)
-    globals()[name] = value  # also hides the submodule of the same name
-    return value
+    return module if name == "models" else getattr(module, name)

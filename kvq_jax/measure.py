@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,18 @@ def evaluate(
         coded nothing then.
       on_progress: called with (method or "dense", tokens done, tokens of a window).
     """
+    return dict(evaluate_each(decoder, windows, methods, skip=skip, on_progress=on_progress))
+
+
+def evaluate_each(
+    decoder: Decoder,
+    windows: Int[Array, "B T"] | np.ndarray,
+    methods: dict[str, CacheTransform],
+    *,
+    skip: int = 128,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[tuple[str, Quality]]:
+    """Yields each method's name and figures as soon as they are there; see `evaluate`."""
     windows = np.asarray(windows, np.int32)
     num_windows, context = windows.shape
     if context - 1 <= skip:
@@ -71,17 +83,17 @@ def evaluate(
     def hidden_states(name: str, method: CacheTransform) -> Array:
         cache = init_states(decoder.config, method, num_windows, context, decoder.dtype)
         parts, start = [], 0
-        for size in method.exact_calls(context - 1):
+        # The last token's prediction is of no use; but with it calls are more often of one size.
+        for size in method.exact_calls(context):
             tokens = jnp.asarray(windows[:, start : start + size])
             hidden, cache = decoder(tokens, cache, method, run_layer=_run_layer)
             parts.append(hidden.block_until_ready())
             start += size
             if on_progress:
-                on_progress(name, start, context - 1)
+                on_progress(name, start, context)
         return jnp.concatenate(parts, axis=1)
 
     reference = hidden_states("dense", dense())
-    results = {}
     for name, method in methods.items():
         hidden = reference if method == dense() else hidden_states(name, method)
         parts = []
@@ -92,17 +104,19 @@ def evaluate(
         nll, kl, same = (
             np.concatenate(x, axis=1, dtype=np.float64) for x in zip(*parts, strict=True)
         )
-        results[name] = Quality(
-            bits_per_element=bits_per_element(method, decoder.config, context),
-            context=context,
-            tokens=nll.size,
-            perplexity=float(np.exp(nll.mean())),
-            kl=float(kl.mean()),
-            kl_stderr=float(kl.std() / np.sqrt(kl.size)),
-            kl_p99=float(np.quantile(kl, 0.99)),
-            top1=float(same.mean()),
+        yield (
+            name,
+            Quality(
+                bits_per_element=bits_per_element(method, decoder.config, context),
+                context=context,
+                tokens=nll.size,
+                perplexity=float(np.exp(nll.mean())),
+                kl=float(kl.mean()),
+                kl_stderr=float(kl.std() / np.sqrt(kl.size)),
+                kl_p99=float(np.quantile(kl, 0.99)),
+                top1=float(same.mean()),
+            ),
         )
-    return results
 
 
 # A layer at a time: one compilation serves all layers.

@@ -67,6 +67,7 @@ def insert_row[S](state: S, slot: int | Int[Array, ""], row: S) -> S:
         into, source = whole.block_table[slot], part.block_table[0]
 
         def put(x, y):
+            _check_insert(x, y[:1])
             return x.at[into].set(y[source])
 
         return whole._replace(
@@ -90,6 +91,7 @@ def _check_row(state, rows: Array) -> None:
 
 
 def _check_insert(whole: Array, part: Array) -> None:
+    """Raises if a row (or one of its blocks) is not of the shape of the whole's."""
     if part.shape != (1, *whole.shape[1:]) or part.dtype != whole.dtype:
         raise ValueError(
             f"a row of {part.dtype}{part.shape} does not fit into a state of "

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -16,3 +17,11 @@ def getkey():
     """Returns a function that gives a fresh random key at each call."""
     keys = iter(jax.random.split(jax.random.key(20250510), 1000))
     return lambda: next(keys)
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Turns the annotations' checks off, which see bad input before the library does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

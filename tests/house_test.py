@@ -24,7 +24,7 @@ ALLOWED["packing"] = {"packing"}
 ALLOWED["rows"] = {"base", "rows"}
 ALLOWED["models"] = {"base", "models"}
 ALLOWED["sampling"] = {"sampling"}
-TOP = {"measure", "generate", "cli"}
+TOP = {"measure", "generation", "cli"}
 
 
 def modules():

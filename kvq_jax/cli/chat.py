@@ -47,7 +47,7 @@ def chat(
     sampling = options.make_sampling(temperature, top_k, top_p, min_p)
     loaded = terminal.load_model(model, dtype)
 
-    from kvq_jax.generate import generate
+    from kvq_jax.generation import generate
 
     first = [] if system is None else [{"role": "system", "content": system}]
     messages = list(first)

@@ -67,7 +67,7 @@ def demo() -> None:
 def show_text(loaded: "LoadedModel", caches: dict[str, "CacheTransform"]) -> None:
     """Answers one question with each cache, side by side."""
     from kvq_jax.base import nbytes
-    from kvq_jax.generate import CAPACITY_STEP, generate
+    from kvq_jax.generation import CAPACITY_STEP, generate
 
     text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": _QUESTION}])
     ids = loaded.tokenizer.encode(text, add_special_tokens=False)

@@ -54,8 +54,8 @@ def generate(
     ids = tokenizer.encode(text, add_special_tokens=not chat)
 
     from kvq_jax.base import nbytes
-    from kvq_jax.generate import CAPACITY_STEP, dense_nbytes
-    from kvq_jax.generate import generate as decode
+    from kvq_jax.generation import CAPACITY_STEP, dense_nbytes
+    from kvq_jax.generation import generate as decode
 
     if capacity is None:
         # As `generate` does; said here because the dense cache is compared at this capacity.

@@ -102,23 +102,23 @@ def trace_prompt(decoder: "Decoder", ids: list[int], method: "Window") -> Trace:
     import jax.numpy as jnp
     import numpy as np
 
-    from kvq_jax.generate import pad, prefill_step
+    from kvq_jax.generation import pad, prefill
     from kvq_jax.methods import dense
     from kvq_jax.models import init_states
 
     padded = pad([ids])
     capacity = padded.tokens.shape[1]
     states = init_states(decoder.config, dense(), 1, capacity, decoder.dtype)
-    _, states = prefill_step(decoder, dense())(states, *padded)
+    _, states = prefill(decoder, dense(), states, padded)
     # A prompt is prefilled with exact attention, so that its keys are the same for any cache:
     # the tracer needs one compiled layer, not a model.
     empty = init_states(decoder.config, method, 1, capacity, decoder.dtype)
-    prefill = jax.jit(method.prefill)
+    add_prompt = jax.jit(method.prefill)
     magnitudes, kept, moved = [], [], []
     for dense_state, state in zip(states, empty, strict=True):
         keys, values = (x[:, :, : len(ids)] for x in (dense_state.keys, dense_state.values))
         magnitudes.append(np.asarray(jnp.abs(keys[0].astype(jnp.float32)).sum(-1)))
-        state = prefill(state, keys.swapaxes(1, 2), values.swapaxes(1, 2))
+        state = add_prompt(state, keys.swapaxes(1, 2), values.swapaxes(1, 2))
         positions = np.asarray(state.pool.positions[0])
         num_outliers = state.pool.score.shape[-1]
         kept.append([sorted(p[p >= 0].tolist()) for p in positions[:, :num_outliers]])

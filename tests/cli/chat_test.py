@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import kvq_jax
-from kvq_jax.generate import generate
+from kvq_jax.generation import generate
 from kvq_jax.models import load
 
 SHORT = ("--method", "dense", "--max-new-tokens", 6, "--capacity", 256, "--temperature", 1.5)

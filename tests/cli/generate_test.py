@@ -9,7 +9,7 @@ import typer
 
 import kvq_jax
 from kvq_jax.cli import options, terminal
-from kvq_jax.generate import generate
+from kvq_jax.generation import generate
 from kvq_jax.models import load
 
 PROMPT = "The keeper wound the clockwork that turned the lens, and the lens turned."
