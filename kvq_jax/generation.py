@@ -28,7 +28,7 @@ class Generation:
 
     Attributes:
       tokens: new tokens of each row, a stop token that ended it included.
-      texts: their text, special tokens left out; None for a model without a tokenizer.
+      texts: their text, special tokens left out; [] for a model without a tokenizer.
       states: the cache of each layer at the end.
       prefill_seconds: time until the first token, compilation included if there was any.
       tokens_per_second: of all rows together, from the second decode step on; the first may
@@ -36,7 +36,7 @@ class Generation:
     """
 
     tokens: list[list[int]]
-    texts: list[str] | None
+    texts: list[str]
     states: tuple[Any, ...]
     prefill_seconds: float
     tokens_per_second: float
@@ -90,7 +90,7 @@ def generate(
     # The last new token is returned, not fed back.
     needed = max(map(len, ids)) + max_new_tokens - 1
     if capacity is None:
-        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+        capacity = round_capacity(needed)
     if capacity < needed:
         raise ValueError(
             f"a prompt of {max(map(len, ids))} tokens and {max_new_tokens} new ones need a "
@@ -126,7 +126,7 @@ def generate(
         tokens=tokens,
         texts=[tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
         if tokenizer
-        else None,
+        else [],
         states=states,
         prefill_seconds=marks[0] - start,
         tokens_per_second=timed / (marks[-1] - marks[1]) if timed else float("nan"),
@@ -147,6 +147,11 @@ def pad(ids: Sequence[Sequence[int]]) -> Padded:
     for row, content in enumerate(ids):
         tokens[row, : len(content)] = content
     return Padded(tokens, lengths)
+
+
+def round_capacity(num_tokens: int) -> int:
+    """Returns the capacity that `generate` takes for this many tokens."""
+    return -(-num_tokens // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def bucket(length: int) -> int:

@@ -20,8 +20,11 @@ def init(
 ) -> CodedSegment:
     """Returns an empty segment that can hold `num_tokens` tokens a row."""
     num_groups = math.ceil(num_tokens / group_size)
-    blocks = math.ceil(num_groups / max(1, BLOCK_SIZE // group_size))
-    groups = math.ceil(num_groups / max(blocks, 1))  # all alike, to round up as little as possible
+    most = max(1, BLOCK_SIZE // group_size)
+    # The size of a block that rounds the number of groups up the least; large ones first.
+    groups = min(range(most, most // 2, -1), key=lambda n: -num_groups % n)
+    groups = min(groups, num_groups)
+    blocks = math.ceil(num_groups / max(groups, 1))
     group = jax.ShapeDtypeStruct((group_size, spec.head_dim), spec.dtype)
 
     def empty(codec: Codec) -> Code:

@@ -54,12 +54,12 @@ def generate(
     ids = tokenizer.encode(text, add_special_tokens=not chat)
 
     from kvq_jax.base import nbytes
-    from kvq_jax.generation import CAPACITY_STEP, dense_nbytes
+    from kvq_jax.generation import dense_nbytes, round_capacity
     from kvq_jax.generation import generate as decode
 
     if capacity is None:
         # As `generate` does; said here because the dense cache is compared at this capacity.
-        capacity = -(-(len(ids) + max_new_tokens - 1) // CAPACITY_STEP) * CAPACITY_STEP
+        capacity = round_capacity(len(ids) + max_new_tokens - 1)
 
     def run(on_tokens=None):
         return decode(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvq inspect: what the outlier tracer sees in a prompt, and what it keeps."""
 
-import functools
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -50,12 +49,9 @@ def inspect(
     layer and head in full precision. Only tokens that get coded compete, so a prompt must be
     longer than --group-size and --residual-length together.
     """
-    method = options.make_method(
-        "ott",
-        group_size=group_size,
-        residual_length=residual_length,
-        num_outliers=num_outliers,
-    )
+    from kvq_jax.methods import ott
+
+    method = ott(group_size=group_size, residual_length=residual_length, num_outliers=num_outliers)
     if not num_outliers:
         raise options.UsageError("--num-outliers 0 traces nothing")
     if out is not None:  # before minutes are spent
@@ -114,7 +110,7 @@ def trace_prompt(decoder: "Decoder", ids: list[int], method: "Window") -> Trace:
     # the tracer needs one compiled layer, not a model.
     empty = init_states(decoder.config, method, 1, capacity, decoder.dtype)
     add_prompt = jax.jit(method.prefill)
-    magnitudes, kept, moved = [], [], []
+    magnitudes, kept, moved, num_coded = [], [], [], 0
     for dense_state, state in zip(states, empty, strict=True):
         keys, values = (x[:, :, : len(ids)] for x in (dense_state.keys, dense_state.values))
         magnitudes.append(np.asarray(jnp.abs(keys[0].astype(jnp.float32)).sum(-1)))
@@ -123,7 +119,8 @@ def trace_prompt(decoder: "Decoder", ids: list[int], method: "Window") -> Trace:
         num_outliers = state.pool.score.shape[-1]
         kept.append([sorted(p[p >= 0].tolist()) for p in positions[:, :num_outliers]])
         moved.append([sorted(p[p >= 0].tolist()) for p in positions[:, num_outliers:]])
-    return Trace(np.stack(magnitudes), kept, moved, int(state.coded.num_coded[0]))
+        num_coded = int(state.coded.num_coded[0])
+    return Trace(np.stack(magnitudes), kept, moved, num_coded)
 
 
 def show(trace: Trace, pieces: list[str]) -> None:
@@ -190,12 +187,17 @@ def draw(trace: Trace, path: Path) -> None:
         panel.set_ylim(bottom=0)
         panel.set_xlim(-0.02 * length, length)
         panel.tick_params(labelsize=8)
-    dot = functools.partial(Line2D, [], [], marker="o", linestyle="")
+
+    def dot(color: str, edge: str, label: str) -> Line2D:
+        return Line2D(
+            [], [], marker="o", linestyle="", color=color, markeredgecolor=edge, label=label
+        )
+
     figure.legend(
         handles=[
             *(Line2D([], [], color=c, label=f"KV head {i}") for i, c in enumerate(colors)),
-            dot(color="0.5", markeredgecolor="black", label="traced, kept"),
-            dot(color="white", markeredgecolor="0.5", label="traced, replaced since"),
+            dot("0.5", "black", "traced, kept"),
+            dot("white", "0.5", "traced, replaced since"),
             Patch(color="0.92", label="not coded yet"),
         ],
         loc="outside upper center",

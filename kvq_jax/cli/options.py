@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvq_jax.base import CacheTransform
     from kvq_jax.sampling import Sampling
 
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
 """A wrong call of a command. typer exports only BadParameter, which adds words of its own."""
 
 _METHOD = "Method (those not given take the method's default: kvq methods)"

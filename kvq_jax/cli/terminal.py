@@ -3,6 +3,7 @@
 
 import contextlib
 import gzip
+import zlib
 import json
 import math
 import queue
@@ -57,7 +58,7 @@ def read_text(path: str) -> str:
     if path.endswith(".gz"):
         try:
             data = gzip.decompress(data)
-        except (EOFError, gzip.zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{name}: not a whole gzip file ({error})") from error
     try:
         text = data.decode()

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the contract matrix: methods, and shapes to run them on."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 import kvq_jax as kvq
-from kvq_jax.kernels.decode_attention import plain
 
 
 class Shape(NamedTuple):
@@ -40,42 +38,41 @@ class Case(NamedTuple):
 
     Attributes:
       make: the method from the bits of keys and of values; those without bits ignore them.
-      nbytes: bytes of a state from the spec, bits and the number of coded slots a row, as the
-        method's docstring has it.
+      nbytes: bytes of a state from the spec, bits, and the coded slots and blocks of a row, as
+        the method's docstring has it.
     """
 
     make: Callable[[int, int], kvq.CacheTransform]
-    nbytes: Callable[[kvq.CacheSpec, int, int, int], float]
+    nbytes: Callable[[kvq.CacheSpec, int, int, int, int], float]
 
 
 GROUP, RESIDUAL = 32, 16
 
 
-def dense_nbytes(spec, bits, value_bits, coded):
+def dense_nbytes(spec, bits, value_bits, coded, blocks):
     """Returns the formula of `dense`."""
     row = 2 * spec.num_kv_heads * spec.capacity * spec.head_dim * spec.dtype.itemsize
     return spec.batch_size * (row + 4)
 
 
-def kivi_nbytes(spec, bits, value_bits, coded, group=GROUP):
+def kivi_nbytes(spec, bits, value_bits, coded, blocks):
     """Returns the formula of `kivi`."""
     width, d = spec.head_dim, spec.dtype.itemsize
     head = coded * width * (bits + value_bits) / 8
-    head += 4 * coded * width * (1 / group + 1 / min(group, width))
-    head += 2 * (group + RESIDUAL) * width * d
-    blocks = math.ceil(coded / plain.BLOCK_SIZE)
+    head += 4 * coded * width * (1 / GROUP + 1 / min(GROUP, width))
+    head += 2 * (GROUP + RESIDUAL) * width * d
     return spec.batch_size * (spec.num_kv_heads * head + 4 + 4 + 4 * blocks)
 
 
 def pool_nbytes(num_outliers, num_auxiliary):
     """Returns the formula of `kivi` with pools, as `ott` and `sink` have it."""
 
-    def formula(spec, bits, value_bits, coded):
+    def formula(spec, bits, value_bits, coded, blocks):
         slots = num_outliers + num_auxiliary
         head = 2 * slots * spec.head_dim * spec.dtype.itemsize
         head += 4 * num_outliers + 4 * slots + 5
         pools = spec.batch_size * spec.num_kv_heads * head
-        return kivi_nbytes(spec, bits, value_bits, coded) + pools
+        return kivi_nbytes(spec, bits, value_bits, coded, blocks) + pools
 
     return formula
 

@@ -251,11 +251,11 @@ def test_nbytes_is_the_formula_of_the_docstring(case, shape, capacity):
         spec = shape.spec(capacity)
         state = method.init(spec)
         assert method.capacity(state) >= capacity
-        coded = 0
+        coded = blocks = 0
         if isinstance(method, kvq.Window):
-            size = plain.block_size(state.coded, method.group_size)
-            coded = state.coded.block_table.shape[1] * size
-        assert kvq.nbytes(state) == case.nbytes(spec, bits, value_bits, coded)
+            blocks = state.coded.block_table.shape[1]
+            coded = blocks * plain.block_size(state.coded, method.group_size)
+        assert kvq.nbytes(state) == case.nbytes(spec, bits, value_bits, coded, blocks)
         assert kvq.nbytes(state) == sum(x.nbytes for x in jax.tree.leaves(state))
         assert kvq.nbytes(state) == sum(kvq.nbytes_by_part(state).values())
 
