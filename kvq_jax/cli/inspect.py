@@ -3,7 +3,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 from rich.table import Table
@@ -49,9 +49,13 @@ def inspect(
     layer and head in full precision. Only tokens that get coded compete, so a prompt must be
     longer than --group-size and --residual-length together.
     """
-    from kvq_jax.methods import ott
-
-    method = ott(group_size=group_size, residual_length=residual_length, num_outliers=num_outliers)
+    method = options.make_method(
+        "ott",
+        group_size=group_size,
+        residual_length=residual_length,
+        num_outliers=num_outliers,
+    )
+    method = cast("Window", method)
     if not num_outliers:
         raise options.UsageError("--num-outliers 0 traces nothing")
     if out is not None:  # before minutes are spent

@@ -3,11 +3,11 @@
 
 import contextlib
 import gzip
-import zlib
 import json
 import math
 import queue
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -187,7 +187,7 @@ def test_interrupt_exits_130_and_ends_the_printer(kvq, tiny, monkeypatch):
         on_tokens([5])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvq_jax.generate.generate", interrupted)
+    monkeypatch.setattr("kvq_jax.generation.generate", interrupted)
     assert kvq("generate", PROMPT, "--model", tiny).code == 130
 
 
