@@ -99,7 +99,6 @@ def generate(
 
     start = time.perf_counter()
     step = decode_step(decoder, method)
-    draw = jax.jit(sample, static_argnums=1)
     key = jax.random.key(seed)
     states = init_states(decoder.config, method, len(ids), capacity, decoder.dtype)
     logits, states = prefill(decoder, method, states, pad(ids))
@@ -107,9 +106,9 @@ def generate(
     done = np.zeros(len(ids), bool)
     marks = []
     for i in range(max_new_tokens):
-        new = draw(logits, sampling, jax.random.fold_in(key, i))
+        new, finite = _draw(logits, sampling, jax.random.fold_in(key, i))
+        _check_finite(np.asarray(finite) | done, i)
         shown = np.where(done, -1, np.asarray(new))
-        _check_finite(logits, ~done, i)
         marks.append(time.perf_counter())
         for row, token in enumerate(shown.tolist()):
             if not done[row]:
@@ -201,6 +200,12 @@ def _last_logits(decoder: Decoder, hidden: jax.Array, lengths: jax.Array) -> jax
     return decoder.logits(last)
 
 
+@functools.partial(jax.jit, static_argnames="sampling")
+def _draw(logits: jax.Array, sampling: Sampling, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the next tokens `int32[B]`, and which rows' logits are finite `bool[B]`."""
+    return sample(logits, sampling, key), jnp.isfinite(logits).all(-1)
+
+
 @functools.lru_cache(maxsize=32)
 def _jitted_step(structure: Any, method: CacheTransform) -> Callable:
     @functools.partial(jax.jit, donate_argnums=1)
@@ -241,11 +246,9 @@ def _stop_sets(stop_tokens, batch_size: int) -> list[set[int]]:
     return [set(row) for row in stop_tokens]
 
 
-def _check_finite(logits: jax.Array, active: np.ndarray, step: int) -> None:
-    finite = np.asarray(jnp.isfinite(logits).all(-1))
-    if not (finite | ~active).all():
-        row = int(np.argmin(finite | ~active))
+def _check_finite(finite: np.ndarray, step: int) -> None:
+    if not finite.all():
         raise FloatingPointError(
-            f"the logits of row {row} are not finite at new token {step}: "
-            "the model's weights or the dtype's range do not bear this prompt"
+            f"the logits of row {finite.argmin()} are not finite at new token {step}: "
+            "the model's weights or the range of its dtype do not bear this prompt"
         )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding: the tokens, the stops, the compilations, the memory, the errors."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvq_jax as kvq
+from kvq_jax import generation
+from kvq_jax.models import init_states, load_decoder
+
+FOLDER = Path(__file__).parent / "models" / "golden" / "families" / "llama"
+OTT = kvq.ott(group_size=32, residual_length=16, untraced_layers=0)
+METHODS = {"dense": kvq.dense(), "kivi": kvq.kivi(group_size=32, residual_length=16), "ott": OTT}
+methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return load_decoder(FOLDER)
+
+
+def prompts(*lengths, vocab_size=128):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocab_size, n).tolist() for n in lengths]
+
+
+@methods
+def test_tokens_are_those_of_a_plain_loop(decoder, method):
+    """The last token of each step chosen by hand; 120 of them, so that groups get coded."""
+    (prompt,) = prompts(7)
+    states = init_states(decoder.config, method, 1, 512, jnp.float32)
+    hidden, states = decoder.prefill(jnp.array([prompt]), states, method)
+    expected = []
+    step = jax.jit(lambda decoder, tokens, states: decoder(tokens, states, method))
+    for _ in range(120):
+        expected.append(int(decoder.logits(hidden[:, -1]).argmax()))
+        hidden, states = step(decoder, jnp.array([expected[-1:]]), states)
+    result = kvq.generate(decoder, [prompt], method=method, max_new_tokens=120)
+    assert result.tokens == [expected]
+    assert result.texts == []
+    assert result.states[0].length.tolist() == [7 + 119]
+
+
+@methods
+def test_rows_of_a_batch_decode_as_they_would_alone(decoder, method):
+    batch = prompts(3, 90, 20)
+    together = kvq.generate(decoder, batch, method=method, max_new_tokens=70)
+    for row, prompt in enumerate(batch):
+        alone = kvq.generate(decoder, [prompt], method=method, max_new_tokens=70, capacity=512)
+        assert together.tokens[row] == alone.tokens[0]
+
+
+def test_rows_stop_by_themselves(decoder):
+    batch = prompts(5, 9)
+    free = kvq.generate(decoder, batch, max_new_tokens=20).tokens
+    stops = [[free[0][3]], [free[1][8], 10**6]]
+    shown = []
+    result = kvq.generate(
+        decoder, batch, max_new_tokens=20, stop_tokens=stops, on_tokens=shown.append
+    )
+    ends = [row.index(stop[0]) + 1 for row, stop in zip(free, stops, strict=True)]
+    assert result.tokens == [row[:end] for row, end in zip(free, ends, strict=True)]
+    shown = np.stack(shown)
+    assert shown.shape == (max(ends), 2)
+    for row, end in enumerate(ends):
+        assert shown[:end, row].tolist() == result.tokens[row]
+        assert (shown[end:, row] == -1).all()
+    shared = kvq.generate(decoder, batch, max_new_tokens=20, stop_tokens=stops[0])
+    assert len(shared.tokens[0]) == ends[0]
+
+
+def test_one_compilation_serves_all_prompts_of_a_bucket(decoder):
+    method = kvq.ott(group_size=32, residual_length=0)  # not compiled by another test
+    kvq.generate(decoder, prompts(5), method=method, max_new_tokens=40)
+    step = generation._jitted_step(jax.tree.structure(decoder), method)
+    prefills = generation._prefill_layer._cache_size()
+    assert step._cache_size() == 1
+    for length, new in ((64, 90), (33, 3), (1, 200)):
+        kvq.generate(decoder, prompts(length), method=method, max_new_tokens=new)
+    assert step._cache_size() == 1
+    assert generation._prefill_layer._cache_size() == prefills
+    kvq.generate(decoder, prompts(65), method=method, max_new_tokens=3)  # the next bucket
+    assert generation._prefill_layer._cache_size() > prefills
+
+
+@methods
+def test_compiled_step_updates_the_cache_in_place(decoder, method):
+    capacity = 1 << 18  # heads of 16 channels make a small cache; nothing of it is allocated
+    states = jax.eval_shape(lambda: init_states(decoder.config, method, 2, capacity, jnp.float32))
+    leaves, structure = jax.tree.flatten(decoder)
+    token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    compiled = generation._jitted_step(structure, method).lower(leaves, states, token).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * kvq.nbytes(states)
+    assert memory.alias_size_in_bytes >= kvq.nbytes(states)
+
+
+@pytest.mark.parametrize(
+    "length, expected", [(1, 64), (64, 64), (65, 128), (1024, 1024), (1025, 2048), (2049, 3072)]
+)
+def test_buckets(length, expected):
+    assert generation.bucket(length) == expected
+    padded = generation.pad([[1] * length, [2]])
+    assert padded.tokens.shape == (2, expected)
+    assert padded.lengths.tolist() == [length, 1]
+    assert padded.tokens.sum() == length + 2
+
+
+@pytest.mark.parametrize(
+    "batch, options, message",
+    [
+        ([], {}, "prompts is empty"),
+        ([[]], {}, "prompt 0 has no tokens"),
+        ([[1], [1, 128]], {}, "prompt 1: token id 128 is not in 0 to 127"),
+        ([[-1]], {}, "token id -1"),
+        (["text"], {}, "takes prompts of token ids"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ([[1] * 60], {"capacity": 100}, "need a capacity of 123, got 100"),
+        ([[1], [2]], {"stop_tokens": [[1]]}, "1 lists of stop tokens for 2 prompts"),
+    ],
+)
+def test_bad_arguments_are_refused(decoder, batch, options, message, as_users_run_it):
+    with pytest.raises(ValueError, match=message):
+        kvq.generate(decoder, batch, **options)
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    broken = load_decoder(FOLDER)
+    broken.layers[1].mlp_norm.scale[...] = jnp.full_like(
+        broken.layers[1].mlp_norm.scale[...], jnp.nan
+    )
+    with pytest.raises(FloatingPointError, match="logits of row 0 are not finite at new token 0"):
+        kvq.generate(broken, prompts(5))
+
+
+def test_draws_follow_the_seed(decoder):
+    sampling = kvq.Sampling(temperature=1.5, top_k=50)
+
+    def run(seed):
+        return kvq.generate(
+            decoder, prompts(5, 5), max_new_tokens=30, sampling=sampling, seed=seed
+        ).tokens
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert run(1)[0] != run(1)[1]
