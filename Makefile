@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.13 python3.14,$(shell \
   $(name) -c 'import sys; sys.version_info >= (3, 12) and print("$(name)")' 2>/dev/null)))
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test test-oldest lint types clean
 
 help:
 	@echo "make demo   set up $(VENV), fetch the embedded model, watch it decode from 2 bits"
 	@echo "make test   set up $(VENV), run all tests"
+	@echo "make test-oldest  run the core's with the oldest JAX it admits, in $(VENV)-oldest"
 	@echo "make lint   check style and formatting"
 	@echo "make types  check types, on an installed copy"
 	@echo "make clean  remove $(VENV) and what was built"
@@ -20,6 +21,13 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# With the oldest JAX that pyproject.toml admits: what depends on JAX most.
+test-oldest: OLDEST = $(shell sed -n 's/^  "jax>=\(.*\)",/\1/p' pyproject.toml)
+test-oldest:
+	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/pip install --quiet jax==$(OLDEST) jaxlib==$(OLDEST)
+	$(VENV)-oldest/bin/python -m pytest tests/engines tests/kernels tests/generation_test.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -32,7 +40,7 @@ types: $(VENV)/installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python build/types/kvq_jax
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info
 
 $(VENV)/installed: pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then \

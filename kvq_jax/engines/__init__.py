@@ -2,6 +2,7 @@
 """Engines: caches made of codecs and a policy for tokens."""
 
 from kvq_jax.engines.outliers import OutlierTracer, PoolState
+from kvq_jax.engines.segments import SegmentedCache, Segments
 from kvq_jax.engines.window import Window, WindowState
 
-__all__ = ["OutlierTracer", "PoolState", "Window", "WindowState"]
+__all__ = ["OutlierTracer", "PoolState", "SegmentedCache", "Segments", "Window", "WindowState"]

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvq_jax.base import KV, CacheSpec, CacheTransform, CodedSegment, Implementation, check_tokens
+from kvq_jax.base import KV, CacheSpec, CodedSegment, check_tokens
 from kvq_jax.codecs.base import Codec
 from kvq_jax.engines.outliers import OutlierTracer, PoolState
-from kvq_jax.kernels.decode_attention import decode_attention, plain
-from kvq_jax.kernels.decode_attention.api import concatenate
+from kvq_jax.engines.segments import SegmentedCache, Segments
+from kvq_jax.kernels.decode_attention import plain
 
 
 class WindowState(NamedTuple):
@@ -35,7 +35,7 @@ class WindowState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Window(CacheTransform):
+class Window(SegmentedCache):
     """Keeps the latest tokens dense and codes the oldest group when their window is full.
 
     A group is coded before the call's own tokens are written, and no earlier than its room is
@@ -89,56 +89,12 @@ class Window(CacheTransform):
         size = plain.block_size(coded, self.group_size)
         return coded.block_table.shape[1] * size + self._window
 
-    def prefill(
-        self,
-        state: WindowState,
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        *,
-        q: Float[Array, "B T N H"] | None = None,
-        lengths: Int[Array, " B"] | None = None,
-    ) -> WindowState:
-        """Adds a right-padded batch of prompts; see `CacheTransform.prefill`."""
-        del q
-        return self._extend(state, k, v, lengths)
-
-    def append(
-        self, state: WindowState, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-    ) -> WindowState:
-        """Adds T tokens to every row; see `CacheTransform.append`."""
-        return self._extend(state, k, v, None)
-
-    def attend(
-        self,
-        state: WindowState,
-        q: Float[Array, "B T N H"],
-        *,
-        sm_scale: float | None = None,
-        sliding_window: int | None = None,
-        implementation: Implementation | None = None,
-    ) -> Float[Array, "B T N H"]:
-        """Returns the attention output of the last T tokens; see `CacheTransform.attend`."""
-        out = decode_attention(
-            q,
-            state.length,
-            self._dense(state),
-            state.coded,
-            key_codec=self.key_codec,
-            value_codec=self.value_codec,
-            sm_scale=sm_scale,
-            sliding_window=sliding_window,
-            implementation=implementation,
-        )
-        overflow = state.length > self.capacity(state)
-        return jnp.where(overflow[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
-
-    def read(self, state: WindowState) -> KV:
-        """Returns all tokens dense; see `CacheTransform.read`."""
+    def segments(self, state: WindowState) -> Segments:
+        """Returns the codes, and the pools and the window; see `SegmentedCache`."""
         dense = self._dense(state)
-        if not state.coded.block_table.size:
-            return concatenate(dense)
-        coded = plain.read(state.coded, self.key_codec, self.value_codec, dense.keys.dtype)
-        return concatenate(coded, dense)
+        if not state.coded.block_table.size:  # the window alone has the capacity
+            return Segments(dense)
+        return Segments(dense, state.coded, self.key_codec, self.value_codec)
 
     def exact_calls(self, num_tokens: int) -> list[int]:
         """Cuts where a group is coded, W tokens and whole groups on; see `CacheTransform`."""
@@ -167,7 +123,8 @@ class Window(CacheTransform):
             positions = jnp.concatenate([state.pool.positions, positions], -1)
         return KV(state.keys, state.values, positions)
 
-    def _extend(self, state: WindowState, k: Array, v: Array, lengths: Array | None) -> WindowState:
+    def extend(self, state: WindowState, k: Array, v: Array, lengths: Array | None) -> WindowState:
+        """Codes what has to make room, then writes; see `SegmentedCache.extend`."""
         batch, num_heads, _, head_dim = state.keys.shape
         shape = (batch, num_heads, head_dim)
         check_tokens(self, state, k, v, shape, state.keys.dtype, lengths)

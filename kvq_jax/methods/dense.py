@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, check_tokens
-from kvq_jax.kernels.decode_attention import decode_attention
+from kvq_jax.base import KV, CacheSpec, check_tokens
+from kvq_jax.engines.segments import SegmentedCache, Segments
 
 
 class DenseState(NamedTuple):
@@ -29,7 +29,7 @@ class DenseState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(CacheTransform):
+class Dense(SegmentedCache):
     """See `dense`."""
 
     def init(self, spec: CacheSpec, layer: int | None = None) -> DenseState:
@@ -46,58 +46,19 @@ class Dense(CacheTransform):
         """Returns the slots of a row."""
         return state.keys.shape[2]
 
-    def prefill(
-        self,
-        state: DenseState,
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        *,
-        q: Float[Array, "B T N H"] | None = None,
-        lengths: Int[Array, " B"] | None = None,
-    ) -> DenseState:
-        """Adds a right-padded batch of prompts; see `CacheTransform.prefill`."""
-        del q
-        return self._extend(state, k, v, lengths)
-
-    def append(
-        self, state: DenseState, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-    ) -> DenseState:
-        """Adds T tokens to every row; see `CacheTransform.append`."""
-        return self._extend(state, k, v, None)
-
-    def attend(
-        self,
-        state: DenseState,
-        q: Float[Array, "B T N H"],
-        *,
-        sm_scale: float | None = None,
-        sliding_window: int | None = None,
-        implementation: Implementation | None = None,
-    ) -> Float[Array, "B T N H"]:
-        """Returns the attention output of the last T tokens; see `CacheTransform.attend`."""
-        out = decode_attention(
-            q,
-            state.length,
-            self.read(state),
-            sm_scale=sm_scale,
-            sliding_window=sliding_window,
-            implementation=implementation,
-        )
-        overflow = state.length > self.capacity(state)
-        return jnp.where(overflow[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
-
-    def read(self, state: DenseState) -> KV:
-        """Returns all tokens; see `CacheTransform.read`."""
+    def segments(self, state: DenseState) -> Segments:
+        """Returns the one dense segment; see `SegmentedCache`."""
         slot = jnp.arange(self.capacity(state), dtype=jnp.int32)
         positions = jnp.where(slot < state.length[:, None], slot, -1)
-        return KV(state.keys, state.values, positions[:, None])
+        return Segments(KV(state.keys, state.values, positions[:, None]))
 
     def exact_calls(self, num_tokens: int) -> list[int]:
         """Cuts as it likes: attention of T tokens is causal; see `CacheTransform`."""
         full, rest = divmod(num_tokens, 128)
         return [128] * full + [rest] * (rest > 0)
 
-    def _extend(self, state: DenseState, k: Array, v: Array, lengths: Array | None) -> DenseState:
+    def extend(self, state: DenseState, k: Array, v: Array, lengths: Array | None) -> DenseState:
+        """Writes each token into its slot; see `SegmentedCache.extend`."""
         batch, num_heads, capacity, head_dim = state.keys.shape
         check_tokens(self, state, k, v, (batch, num_heads, head_dim), state.keys.dtype, lengths)
         num_tokens = k.shape[1]
