@@ -55,7 +55,9 @@ class Affine(Codec):
     def encode(
         self, x: Float[Array, "*d S H"], mask: Bool[Array, "*d S"] | None = None
     ) -> AffineCode:
-        """Returns the code of x; see `Codec.encode`."""
+        """Returns the code of x; see `Codec.encode`. A mask needs tiles of one token."""
+        if mask is not None:
+            self._check_per_token()
         tiles = self._tiles(x.astype(jnp.float32))
         # XLA:CPU passes over NaN where it reduces a larger array to a minimum or maximum.
         invalid = jnp.isnan(tiles).any((-3, -1), keepdims=True)
@@ -84,9 +86,12 @@ class Affine(Codec):
 
     def mask(self, code: AffineCode) -> Bool[Array, "*d S"]:
         """Returns False where a token is a hole; only for tiles of one token."""
+        self._check_per_token()
+        return (code.scale != 0).any(-1)
+
+    def _check_per_token(self) -> None:
         if self.tile[0] != 1:
             raise ValueError(f"holes are told by scales per token, not by tiles of {self.tile}")
-        return (code.scale != 0).any(-1)
 
     def _tiles(self, x: Array) -> Array:
         """Reshapes `... S H` to `... S/tokens tokens H/channels channels`."""

@@ -170,3 +170,13 @@ def test_leading_axes_are_independent(bits, tile, getkey):
     codec, x = Affine(bits, tile), sample(getkey())
     first = jax.tree.map(lambda leaf: leaf[0], codec.encode(x))
     jax.tree.map(np.testing.assert_array_equal, codec.encode(x[0]), first)
+
+
+def test_holes_need_scales_per_token():
+    codec, x = Affine(2, tile=(32, 1)), jnp.ones((32, 4))
+    for call in (
+        lambda: codec.encode(x, jnp.ones(32, bool)),
+        lambda: codec.mask(codec.encode(x)),
+    ):
+        with pytest.raises(ValueError, match=r"not by tiles of \(32, 1\)"):
+            call()
