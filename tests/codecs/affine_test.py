@@ -142,12 +142,6 @@ def test_holes(group, getkey):
     assert not codec.mask(jax.tree.map(jnp.zeros_like, code)).any()
 
 
-def test_mask_needs_scales_per_token(getkey):
-    codec = Affine(2, (32, 1))
-    with pytest.raises(ValueError, match="scales per token"):
-        codec.mask(codec.encode(sample(getkey())))
-
-
 @pytest.mark.parametrize("tile", [(48, 1), (1, 48)], ids=str)
 def test_refuses_odd_sizes(tile):
     with pytest.raises(ValueError, match="128 tokens and 64 channels can't be cut into tiles"):
