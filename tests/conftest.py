@@ -12,6 +12,13 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_go_with_their_module():
+    """Frees them: XLA:CPU maps memory for each, and a process may have 65530 mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """Returns a function that gives a fresh random key at each call."""
