@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvq_jax.base import CacheTransform, nbytes
-from kvq_jax.methods import dense, ott
+from kvq_jax.methods import ott
 from kvq_jax.models import Decoder, Layer, LoadedModel, init_states
 from kvq_jax.sampling import Sampling, sample
 
@@ -185,9 +185,11 @@ def decode_step(decoder: Decoder, method: CacheTransform) -> Callable:
     return lambda states, tokens: step(params, states, tokens)
 
 
-def dense_nbytes(decoder: Decoder, batch_size: int, capacity: int, dtype: Any) -> int:
-    """Returns the bytes of a dense cache, without making one."""
-    init = functools.partial(init_states, decoder.config, dense(), batch_size, capacity, dtype)
+def cache_nbytes(
+    decoder: Decoder, method: CacheTransform, batch_size: int, capacity: int, dtype: Any
+) -> int:
+    """Returns the bytes of all layers' caches, without making them."""
+    init = functools.partial(init_states, decoder.config, method, batch_size, capacity, dtype)
     return nbytes(jax.eval_shape(init))
 
 

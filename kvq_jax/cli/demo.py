@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvq demo: what a 2-bit cache says, takes and costs, measured while you wait."""
 
-import functools
 import time
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -97,11 +96,9 @@ def show_text(loaded: "LoadedModel", caches: dict[str, "CacheTransform"]) -> Non
 
 def show_memory(decoder: "Decoder", caches: dict[str, "CacheTransform"]) -> None:
     """Shows what each cache takes at some lengths, without making any."""
-    import jax
     import jax.numpy as jnp
 
-    from kvq_jax.base import nbytes
-    from kvq_jax.models import init_states
+    from kvq_jax.generation import cache_nbytes
 
     table = Table("tokens")
     for name in caches:
@@ -109,14 +106,7 @@ def show_memory(decoder: "Decoder", caches: dict[str, "CacheTransform"]) -> None
         if name != "dense":
             table.add_column("ratio")
     for length in _LENGTHS:
-        sizes = [
-            nbytes(
-                jax.eval_shape(
-                    functools.partial(init_states, decoder.config, cache, 1, length, jnp.bfloat16)
-                )
-            )
-            for cache in caches.values()
-        ]
+        sizes = [cache_nbytes(decoder, cache, 1, length, jnp.bfloat16) for cache in caches.values()]
         cells = [terminal.size(sizes[0])]
         for size in sizes[1:]:
             cells += [terminal.size(size), f"{sizes[0] / size:.1f}x"]

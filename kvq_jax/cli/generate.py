@@ -54,8 +54,9 @@ def generate(
     ids = tokenizer.encode(text, add_special_tokens=not chat)
 
     from kvq_jax.base import nbytes
-    from kvq_jax.generation import dense_nbytes, round_capacity
+    from kvq_jax.generation import cache_nbytes, round_capacity
     from kvq_jax.generation import generate as decode
+    from kvq_jax.methods import dense
 
     if capacity is None:
         # As `generate` does; said here because the dense cache is compared at this capacity.
@@ -79,7 +80,9 @@ def generate(
         "tokens": generation.tokens[0],
         "tokens_per_second": generation.tokens_per_second,
         "cache_bytes": nbytes(generation.states),
-        "dense_cache_bytes": dense_nbytes(loaded.decoder, 1, capacity, loaded.decoder.dtype),
+        "dense_cache_bytes": cache_nbytes(
+            loaded.decoder, dense(), 1, capacity, loaded.decoder.dtype
+        ),
     }
     if json:
         terminal.print_json(figures)
