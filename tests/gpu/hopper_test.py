@@ -383,11 +383,17 @@ def test_dispatch_takes_the_kernel_and_says_so(caplog):
     assert 'runs as xla: of mosaic_gpu, the codes are not in the "hopper" layout' in say(plain)
 
 
-def test_float32_runs_as_xla_on_the_same_layout():
-    case = Case(dtype=jnp.float32, heads=(8, 2), group_size=64)
+@pytest.mark.parametrize("layout", [None, "hopper"])
+def test_float32_runs_as_xla(layout):
+    """By itself on the plain layout, and on this one if it has to."""
+
+    def make(**options):
+        return dataclasses.replace(kvq.ott(**options), layout=layout)
+
+    case = Case(make=make, dtype=jnp.float32, heads=(8, 2), group_size=64)
     k, v, q, lengths = inputs(case)
     state = jax.jit(functools.partial(fill, case))(k, v, lengths)
-    assert isinstance(state.coded.keys, hopper.TileCode)
+    assert isinstance(state.coded.keys, hopper.TileCode) == (layout == "hopper")
     out = jax.jit(case.method.attend)(state, q)
     expected = jax.jit(functools.partial(case.method.attend, implementation="reference"))(state, q)
     assert (error_by_row(out, expected) < MAX_ERROR[jnp.float32]).all()

@@ -26,6 +26,7 @@ class Units:
         self.sizes = memory.keys, memory.values
         factors = me.shared + memory.queries - 4 * COLUMNS + me.column * 4
         self.factors = [factors, factors + 4]
+        self.first_blocks = [self._physical(self.first + i) for i in range(me.sizes.stages)]
 
     def start(self) -> None:
         """Asks for the first units."""
@@ -35,11 +36,9 @@ class Units:
                 for which in range(2):
                     warp.init_barrier(self._barrier(which, integer(stage)))
         warp.sync_warp()
-        for i in range(me.sizes.stages):
-            unit = self.first + i
-            physical = self._physical(unit)
+        for i, physical in enumerate(self.first_blocks):
             for which in range(2):
-                self._fetch(which, unit, physical)
+                self._fetch(which, self.first + i, physical)
 
     def _stage(self, unit: Reg) -> Reg:
         """Returns the index of the stage through which a unit comes."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dense tokens: pools and window, in the dtype of the model."""
 
-import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 from kvq_jax.kernels.decode_attention.mosaic_gpu import warp
 from kvq_jax.kernels.decode_attention.mosaic_gpu.problem import TILE
@@ -13,43 +13,83 @@ from kvq_jax.kernels.decode_attention.mosaic_gpu.warp import Reg, integer, numbe
 SPARSE_SLOTS = 1024  # with more dense slots, tiles without a visible token are passed over
 
 
-@dataclasses.dataclass
+class Tile(NamedTuple):
+    """What a lane has loaded of 16 slots.
+
+    Attributes:
+      start: the first slot.
+      listed: for each of `lane_rows` the position that stands in the list; () without one.
+      keys: for each 16 channels a left operand.
+      values: likewise.
+    """
+
+    start: Reg
+    listed: list[Reg]
+    keys: list[list[Reg]]
+    values: list[list[Reg]]
+
+
 class Dense:
-    """The dense slots of the row and head of a warp, in tiles of 16."""
+    """The dense slots of the row and head of a warp, in tiles of 16.
 
-    me: Warp
-    keys: Reg
-    values: Reg
-    positions: list[Reg]  # addresses; of a ring its pool's, if it has one, and its start's
-    length: Reg
+    Args:
+      me: the warp.
+      keys: address.
+      values: address.
+      positions: addresses; of a ring its pool's, if it has one, and its start's.
+      length: tokens of the row.
+    """
 
-    def run(self, state: Running, first: Reg, last: Reg) -> Running:
-        """Returns the state with tiles first to last added."""
+    def __init__(self, me: Warp, keys: Reg, values: Reg, positions: list[Reg], length: Reg):
+        self.me, self.keys, self.values, self.length = me, keys, values, length
+        self.positions = positions
+        if me.p.ring:
+            (self.begin,) = warp.load(positions[-1] + me.row.wide * 4)
 
-        @warp.loop(first, last, state)
+    def load(self, tile: Reg) -> Tile:
+        """Loads a tile; of one past the last it loads other slots instead."""
+        start = tile * TILE
+        keys, values = self._load(self.keys, start), self._load(self.values, start)
+        return Tile(start, self._listed(start), keys, values)
+
+    def run(self, state: Running, first: Reg, last: Reg, ahead: Tile) -> Running:
+        """Returns the state with tiles first to last added, of which the first is loaded."""
+
+        @warp.branch(first < last, state)
+        def begun():
+            return self._add(state, ahead)
+
+        @warp.loop(first + 1, last, begun)
         def after(tile, state):
-            visible = self._visible(tile * TILE)
             if self.me.p.dense_slots <= SPARSE_SLOTS:
-                return self._add(state, tile * TILE, visible)
+                return self._add(state, self.load(tile))
+            start = tile * TILE
+            visible = self._visible(start, self._listed(start))
             seen = functools.reduce(lambda x, y: x | y, visible)
 
             @warp.branch(warp.any_lane(seen), state)
             def added():
-                return self._add(state, tile * TILE, visible)
+                return self._add(state, self.load(tile))
 
             return added
 
         return after
 
-    def _visible(self, start: Reg) -> list[Reg]:
+    def _visible(self, start: Reg, listed: list[Reg]) -> list[Reg]:
         """Returns for each of `lane_rows` and both columns whether the query sees the token."""
         me, p = self.me, self.me.p
         result = []
-        for slot in (start + row for row in me.lane_rows):
-            position = self._position(slot)
+        for i, row in enumerate(me.lane_rows):
+            slot = start + row
+            position = listed[i] if listed else integer(-1)
+            if p.ring:
+                last, pool = self.length - 1, p.dense_slots - p.ring
+                in_ring = last - (last + p.dense_slots - slot) % p.ring
+                in_ring = warp.where(in_ring >= self.begin, in_ring, integer(-1))
+                position = warp.where(slot < pool, position, in_ring)
             exists = (position >= 0) & (slot < p.dense_slots)
-            for i in range(2):
-                token, _, _ = me.query(me.column + i)
+            for column in range(2):
+                token, _, _ = me.query(me.column + column)
                 distance = self.length - p.num_tokens + token - position
                 visible = exists & (distance >= 0)
                 if p.sliding_window is not None:
@@ -57,22 +97,15 @@ class Dense:
                 result.append(visible)
         return result
 
-    def _position(self, slot: Reg) -> Reg:
-        """Returns the position of the token in a slot, -1 for none; any for slots out of range."""
+    def _listed(self, start: Reg) -> list[Reg]:
+        """Returns positions from the list, -1 for no token; any for slots that aren't in it."""
         me, p = self.me, self.me.p
-        listed = p.dense_slots - p.ring
-        position = integer(-1)
-        if listed:
-            row = me.row * p.num_kv_heads + me.kv_head if p.positions_heads > 1 else me.row
-            index = row * listed + slot.min(integer(listed - 1))
-            (position,) = warp.load(self.positions[0] + index.wide * 4)
-        if p.ring:
-            (begin,) = warp.load(self.positions[-1] + me.row.wide * 4)
-            last = self.length - 1
-            in_ring = last - (last + (p.ring + listed) - slot) % p.ring
-            in_ring = warp.where(in_ring >= begin, in_ring, integer(-1))
-            position = warp.where(slot < listed, position, in_ring)
-        return position
+        count = p.dense_slots - p.ring
+        if not count:
+            return []
+        row = me.row * p.num_kv_heads + me.kv_head if p.positions_heads > 1 else me.row
+        slots = [(start + row).min(integer(count - 1)) for row in me.lane_rows]
+        return [warp.load(self.positions[0] + (row * count + x).wide * 4)[0] for x in slots]
 
     def _load(self, base: Reg, start: Reg) -> list[list[Reg]]:
         """Returns what the lane has of 16 tokens, for each 16 channels: (row, i // 2 or i % 2)."""
@@ -88,12 +121,12 @@ class Dense:
             for tile in range(p.head_dim // TILE)
         ]
 
-    def _add(self, state: Running, start: Reg, visible: list[Reg]) -> Running:
+    def _add(self, state: Running, tile: Tile) -> Running:
         """Returns the state with 16 slots added."""
         me, p = self.me, self.me.p
-        keys, values = self._load(self.keys, start), self._load(self.values, start)
+        visible = self._visible(tile.start, tile.listed)
         acc = [number(0.0)] * 4
-        for (a0, a2, a1, a3), b in zip(keys, me.operand(2), strict=True):
+        for (a0, a2, a1, a3), b in zip(tile.keys, me.operand(2), strict=True):
             acc = warp.mma(acc, [a0, a1, a2, a3], b, p.dtype)
         scores = [x * (p.sm_scale * math.log2(math.e)) for row in me.own_rows(acc) for x in row]
         scores = [
@@ -117,7 +150,7 @@ class Dense:
             low.append(warp.pack(x - x_high, y - y_high, p.dtype))
         operands = [me.weight_operand(x) for x in (high, low)]
         out = []
-        for x, words in zip(state.out, values, strict=True):
+        for x, words in zip(state.out, tile.values, strict=True):
             a = [warp.transpose(word) for word in words]
             for b in operands:
                 x = warp.mma(x, a, b, p.dtype)

@@ -61,8 +61,16 @@ def attend(p: Problem, sizes: BlockSizes, memory: Memory, inputs, outputs, share
         count = end - begin
         first, last = (begin + count * x // shares for x in (share, share + 1))
         units = Units(me, codes, table, first, last, row_length)
+    # What is needed first is asked for before the units: once all multiprocessors have asked for
+    # theirs, everything waits behind them.
+    queries = load_queries(me, q)
+    dense = Dense(me, keys, values, positions, row_length)
+    tiles = math.ceil(p.dense_slots / TILE)
+    first_tile, last_tile = (integer(tiles) * x // shares for x in (share, share + 1))
+    ahead = dense.load(first_tile)
+    if units:
         units.start()
-    write_operands(me, q)
+    write_operands(me, queries)
     me.sync_team()
 
     zero = number(0.0)
@@ -72,12 +80,7 @@ def attend(p: Problem, sizes: BlockSizes, memory: Memory, inputs, outputs, share
         offset=[[zero] * 2 for _ in range(p.value_groups)],
         reference=[number(NOTHING)] * 2,
     )
-    tiles = math.ceil(p.dense_slots / TILE)
-
-    dense = Dense(me, keys, values, positions, row_length)
-    state = dense.run(
-        state, integer(tiles) * share // shares, integer(tiles) * (share + 1) // shares
-    )
+    state = dense.run(state, first_tile, last_tile, ahead)
     if units:
         # The output of the dense segment in units of the fields to come.
         out = [
@@ -92,27 +95,44 @@ def attend(p: Problem, sizes: BlockSizes, memory: Memory, inputs, outputs, share
     finish(me, state, outputs)
 
 
-def write_operands(me: Warp, q: Reg) -> None:
+def load_queries(me: Warp, q: Reg) -> list[list[Reg]]:
+    """Loads the queries that a thread writes as operands: 8 channels of a column at a time."""
+    p = me.p
+    result = []
+    for index in _parts(me):
+        column, part = _place(p, index)
+        token, head, valid = me.query(column)
+        index = (me.row * p.num_tokens + token) * p.num_q_heads + head
+        words = warp.load(q + index.wide * (2 * p.head_dim) + (part * 16).wide, 4)
+        result.append([warp.where(valid, x, integer(0)) for x in words])
+    return result
+
+
+def write_operands(me: Warp, queries: list[list[Reg]]) -> None:
     """Writes the queries to shared memory, in the order of the right operand.
 
-    A thread takes 8 channels of a column. Queries are divided by the power of 2 above their
-    largest element, so that their product with a scale, a float16, is one too.
+    Queries are divided by the power of 2 above their largest element, so that their product with
+    a scale, a float16, is one too.
     """
-    p = me.p
-    parts = p.head_dim // 8  # of a column
-    for start in range(0, COLUMNS * parts, 32 * me.sizes.warps):
-        index = me.thread + start
-        with warp.when(index < COLUMNS * parts):
-            _write_part(me, q, index // parts, index % parts)
+    for index, words in zip(_parts(me), queries, strict=True):
+        with warp.when(index < me.p.head_dim):
+            _write_part(me, words, *_place(me.p, index))
 
 
-def _write_part(me: Warp, q: Reg, column: Reg, part: Reg) -> None:
+def _parts(me: Warp) -> list[Reg]:
+    """Returns what a thread writes: indices of parts, of which there are 8 columns' H / 8."""
+    return [me.thread + start for start in range(0, me.p.head_dim, 32 * me.sizes.warps)]
+
+
+def _place(p: Problem, index: Reg) -> tuple[Reg, Reg]:
+    """Returns column and part of it; indices past the last take the last."""
+    index = index.min(integer(p.head_dim - 1))
+    return index // (p.head_dim // 8), index % (p.head_dim // 8)
+
+
+def _write_part(me: Warp, words: list[Reg], column: Reg, part: Reg) -> None:
     """Writes 8 channels of a column of queries; its other parts are in neighbouring lanes."""
     p = me.p
-    token, head, valid = me.query(column)
-    index = (me.row * p.num_tokens + token) * p.num_q_heads + head
-    words = warp.load(q + index.wide * (2 * p.head_dim) + (part * 16).wide, 4)
-    words = [warp.where(valid, x, integer(0)) for x in words]
     pairs = [warp.unpack(x, p.dtype) for x in words]
     top = number(0.0)
     for x in (x for pair in pairs for x in pair):
