@@ -254,25 +254,32 @@ def time_decode(
     drawn = Drawn(first, jnp.isfinite(logits).all(-1).repeat(batch), jnp.zeros((), jnp.int32))
     step = drawing_step(decoder, method, Sampling())
 
-    def run(steps: int) -> float:
+    def run(steps: int) -> list[float]:
+        """Returns the seconds of each step."""
         nonlocal drawn, states
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(steps):
             previous, (drawn, states) = drawn, step(states, drawn, key)
             if not jax.device_get(previous).finite.all():
                 raise FloatingPointError("the logits are not finite")
+            times.append(time.perf_counter())
         jax.device_get(drawn)
-        return time.perf_counter() - start
+        times[-1] = time.perf_counter()
+        return np.diff(times).tolist()
 
     warmup = run(plan.warmup)
-    seconds = [run(plan.steps) / plan.steps for _ in range(plan.runs)]
+    runs = [run(plan.steps) for _ in range(plan.runs)]
+    seconds = [statistics.mean(steps) for steps in runs]
+    # One step of a run codes a group; the others are the median step.
+    coding = [1 - statistics.median(steps) / statistics.mean(steps) for steps in runs]
     return {
         "cache_bytes": kvq.nbytes(states),
         "tokens_per_second": batch / statistics.median(seconds),
         "step_ms": statistics.median(seconds) * 1e3,
         "step_ms_of_runs": [1e3 * x for x in seconds],
+        "coding_share": statistics.median(coding),
         "steps_of_run": plan.steps,
-        "warmup_seconds": warmup,
+        "warmup_seconds": sum(warmup),
     }
 
 

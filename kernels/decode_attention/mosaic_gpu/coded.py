@@ -12,10 +12,21 @@ from kvq_jax.kernels.decode_attention.mosaic_gpu.warp import Reg, integer, numbe
 
 @dataclasses.dataclass
 class Units:
-    """The units of coded tokens of a warp, first to last, as they come through shared memory."""
+    """The units of coded tokens of a warp, as they come through shared memory.
+
+    The warps of a team take one unit in turn, so that what they read together lies together.
+
+    Attributes:
+      me: the warp.
+      coded: addresses of keys and values.
+      table: address of the block table.
+      first: unit of the team's first warp.
+      last: unit after the team's last.
+      length: tokens of the row.
+    """
 
     me: Warp
-    coded: list[Reg]  # addresses of keys and values
+    coded: list[Reg]
     table: Reg
     first: Reg
     last: Reg
@@ -26,7 +37,7 @@ class Units:
         self.sizes = memory.keys, memory.values
         factors = me.shared + memory.queries - 4 * COLUMNS + me.column * 4
         self.factors = [factors, factors + 4]
-        self.first_blocks = [self._physical(self.first + i) for i in range(me.sizes.stages)]
+        self.first_blocks = [self._physical(integer(i)) for i in range(me.sizes.stages)]
 
     def start(self) -> None:
         """Asks for the first units."""
@@ -38,11 +49,11 @@ class Units:
         warp.sync_warp()
         for i, physical in enumerate(self.first_blocks):
             for which in range(2):
-                self._fetch(which, self.first + i, physical)
+                self._fetch(which, integer(i), physical)
 
-    def _stage(self, unit: Reg) -> Reg:
-        """Returns the index of the stage through which a unit comes."""
-        return (unit - self.first) % self.me.sizes.stages
+    def _unit(self, turn: Reg) -> Reg:
+        """Returns the unit that is this warp's in a turn."""
+        return self.first + self.me.warp + turn * self.me.sizes.warps
 
     def _barrier(self, which: int, stage: Reg) -> Reg:
         """Returns the address of the barrier of keys (0) or values (1) of a stage."""
@@ -56,18 +67,19 @@ class Units:
         at = me.shared + me.memory.stages + index * (keys.total + values.total)
         return at + keys.total if which else at
 
-    def _physical(self, unit: Reg) -> Reg:
-        """Returns the block of memory that holds a unit (or, past the last, any)."""
+    def _physical(self, turn: Reg) -> Reg:
+        """Returns the block of memory that holds the unit of a turn (or, past the last, any)."""
         p = self.me.p
-        index = unit // (p.groups_per_block * p.group_size // self.me.sizes.unit)
+        index = self._unit(turn) // (p.groups_per_block * p.group_size // self.me.sizes.unit)
         index = index.min(integer(p.blocks_per_row - 1))
         (block,) = warp.load(self.table + (self.me.row * p.blocks_per_row + index).wide * 4)
         return block
 
-    def _fetch(self, which: int, unit: Reg, physical: Reg) -> None:
-        """Asks for the keys (0) or values (1) of a unit, if it is one of this warp's."""
-        p, size = self.me.p, self.sizes[which]
-        stage, barrier = (f(which, self._stage(unit)) for f in (self._address, self._barrier))
+    def _fetch(self, which: int, turn: Reg, physical: Reg) -> None:
+        """Asks for the keys (0) or values (1) of the unit of a turn, if there is one."""
+        p, size, unit = self.me.p, self.sizes[which], self._unit(turn)
+        stage = turn % self.me.sizes.stages
+        stage, barrier = self._address(which, stage), self._barrier(which, stage)
         with warp.when((unit < self.last) & self.me.lane.equals(0)):
             token = unit * self.me.sizes.unit % (p.groups_per_block * p.group_size)
             group = (physical * p.num_kv_heads + self.me.kv_head) * p.groups_per_block
@@ -89,11 +101,14 @@ class Units:
     def run(self, state: Running) -> Running:
         """Returns the state with all units of the warp added."""
 
-        @warp.loop(self.first, self.last, state)
-        def after(unit, state):
-            stage, parity = self._stage(unit), ((unit - self.first) // self.me.sizes.stages) & 1
+        stages, warps = self.me.sizes.stages, self.me.sizes.warps
+        turns = (self.last - self.first - self.me.warp + (warps - 1)) // warps
+
+        @warp.loop(integer(0), turns, state)
+        def after(turn, state):
+            unit, stage, parity = self._unit(turn), turn % stages, (turn // stages) & 1
             keys, values = (self._address(which, stage) for which in range(2))
-            later = unit + self.me.sizes.stages
+            later = turn + stages
             physical = self._physical(later)
             warp.wait_barrier(self._barrier(0, stage), parity)
             scores, bias, factor = self._scores(keys)

@@ -59,7 +59,7 @@ def attend(p: Problem, sizes: BlockSizes, memory: Memory, inputs, outputs, share
             first_seen = row_length - (p.num_tokens + p.sliding_window - 1)
             begin = (first_seen.max(integer(0)) // sizes.unit).min(end)
         count = end - begin
-        first, last = (begin + count * x // shares for x in (share, share + 1))
+        first, last = (begin + count * x // sizes.splits for x in (split, split + 1))
         units = Units(me, codes, table, first, last, row_length)
     # What is needed first is asked for before the units: once all multiprocessors have asked for
     # theirs, everything waits behind them.

@@ -348,8 +348,15 @@ def expect_bytes(barrier: Reg, nbytes: Reg | int) -> None:
 
 
 def copy_async(target: Reg, source: Reg, nbytes: int, barrier: Reg) -> None:
-    """Starts a copy from global to shared memory that counts down the mbarrier. By one thread."""
-    code = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    """Starts a copy from global to shared memory that counts down the mbarrier. By one thread.
+
+    What is copied isn't read again soon: the L2 lets go of it first.
+    """
+    code = (
+        "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
+        " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [$0], [$1], $2, [$3], once;}"
+    )
     ptx(code, [target, source, integer(nbytes), barrier], volatile=True)
 
 
