@@ -252,7 +252,7 @@ def time_decode(
     key = jax.random.key(0)
     first = jnp.full(batch, logits.argmax(), jnp.int32)
     drawn = Drawn(first, jnp.isfinite(logits).all(-1).repeat(batch), jnp.zeros((), jnp.int32))
-    step = drawing_step(decoder, method, Sampling())
+    step = drawing_step(decoder, method, Sampling(), [context] * batch)
 
     def run(steps: int) -> list[float]:
         """Returns the seconds of each step."""

@@ -211,6 +211,21 @@ class CacheTransform(abc.ABC):
         del num_tokens
         return states, self
 
+    def lacks_room(self, lengths: np.ndarray, num_tokens: int) -> bool:
+        """Whether `make_room` would change anything; for a host that knows the lengths itself.
+
+        Args:
+          lengths: tokens of each row.
+          num_tokens: that are to be added to each.
+        """
+        del lengths, num_tokens
+        return False
+
+    def with_room(self, num_tokens: int) -> "CacheTransform":
+        """Returns the transform for a step of states that don't lack room for T tokens."""
+        del num_tokens
+        return self
+
     @abc.abstractmethod
     def attend(
         self,

@@ -105,7 +105,7 @@ def generate(
         )
 
     start = time.perf_counter()
-    step = drawing_step(decoder, method, sampling)
+    step = drawing_step(decoder, method, sampling, list(map(len, ids)))
     key = jax.random.key(seed)
     states = init_states(decoder.config, method, len(ids), capacity, decoder.dtype)
     logits, states = prefill(decoder, method, states, pad(ids))
@@ -213,15 +213,31 @@ class Drawn(NamedTuple):
     step: Int[Array, ""]
 
 
-def drawing_step(decoder: Decoder, method: CacheTransform, sampling: Sampling) -> Callable:
+def drawing_step(
+    decoder: Decoder, method: CacheTransform, sampling: Sampling, lengths: Sequence[int]
+) -> Callable:
     """Returns a jitted (states, Drawn, key) -> (Drawn of the next tokens, states).
 
-    As `decode_step`, with the draw in the same dispatch, so that steps follow each other without
-    the host.
+    As `decode_step`, with the draw in the same dispatch; and the host counts the tokens, so that
+    no step has to wait until it is known whether there is something to be coded.
+
+    Args:
+      decoder: the model.
+      method: of the states.
+      sampling: how tokens are drawn.
+      lengths: tokens of each row before the first step.
     """
     params, structure = jax.tree.flatten(decoder)
-    step = _jitted_drawing_step(structure, method, sampling)
-    return lambda states, drawn, key: step(params, states, drawn, key)
+    step = _jitted_drawing_step(structure, method.with_room(1), sampling)
+    count = np.array(lengths)
+
+    def run(states, drawn, key):
+        if method.lacks_room(count, 1):
+            states = _make_room(states, method)
+        count[:] += 1
+        return step(params, states, drawn, key)
+
+    return run
 
 
 def cache_nbytes(
@@ -245,6 +261,11 @@ def _last_logits(decoder: Decoder, hidden: jax.Array, lengths: jax.Array) -> jax
 def _draw(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Array) -> Drawn:
     tokens = sample(logits, sampling, jax.random.fold_in(key, step))
     return Drawn(tokens, jnp.isfinite(logits).all(-1), step)
+
+
+@functools.partial(jax.jit, static_argnames="method", donate_argnames="states")
+def _make_room(states: tuple[Any, ...], method: CacheTransform) -> tuple[Any, ...]:
+    return method.make_room(states, 1)[0]
 
 
 @functools.lru_cache(maxsize=32)

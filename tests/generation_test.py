@@ -78,7 +78,9 @@ def test_rows_stop_by_themselves(decoder):
 def test_one_compilation_serves_all_prompts_of_a_bucket(decoder):
     method = kvq.ott(group_size=32, residual_length=0)  # not compiled by another test
     kvq.generate(decoder, prompts(5), method=method, max_new_tokens=40)
-    step = generation._jitted_drawing_step(jax.tree.structure(decoder), method, kvq.Sampling())
+    step = generation._jitted_drawing_step(
+        jax.tree.structure(decoder), method.with_room(1), kvq.Sampling()
+    )
     prefills = generation._prefill_layer._cache_size()
     assert step._cache_size() == 1
     for length, new in ((64, 90), (33, 3), (1, 200)):
@@ -96,11 +98,14 @@ def test_compiled_step_updates_the_cache_in_place(decoder, method):
     leaves, structure = jax.tree.flatten(decoder)
     token, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0)
     drawn = generation.Drawn(token, token, jax.ShapeDtypeStruct((), jnp.int32))
-    step = generation._jitted_drawing_step(structure, method, kvq.Sampling(temperature=1.0))
-    compiled = step.lower(leaves, states, drawn, key).compile()
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 0.1 * kvq.nbytes(states)
-    assert memory.alias_size_in_bytes >= kvq.nbytes(states)
+    step = generation._jitted_drawing_step(
+        structure, method.with_room(1), kvq.Sampling(temperature=1.0)
+    )
+    room = generation._make_room.lower(states, method)
+    for lowered in (step.lower(leaves, states, drawn, key), room):
+        memory = lowered.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 0.1 * kvq.nbytes(states)
+        assert memory.alias_size_in_bytes >= kvq.nbytes(states)
 
 
 @pytest.mark.parametrize(
@@ -164,18 +169,22 @@ def test_the_error_names_the_step_whose_logits_were_not_finite(decoder, monkeypa
 
 
 def test_draws_are_those_of_a_plain_loop(decoder):
-    """Step by step on the host, with the key of each step."""
-    sampling, prompt = kvq.Sampling(temperature=1.5, top_p=0.9), prompts(7)
+    """Step by step on the host, with the key of each step; rows code their groups at times."""
+    sampling, ragged = kvq.Sampling(temperature=1.5, top_p=0.9), prompts(7, 40, 80)
     run = generation.decode_step(decoder, OTT)
-    states = init_states(decoder.config, OTT, 1, 512, jnp.float32)
-    logits, states = generation.prefill(decoder, OTT, states, generation.pad(prompt))
+    states = init_states(decoder.config, OTT, 3, 512, jnp.float32)
+    logits, states = generation.prefill(decoder, OTT, states, generation.pad(ragged))
     expected = []
-    for i in range(40):
+    for i in range(60):
         key = jax.random.fold_in(jax.random.key(3), i)
-        expected.append(int(sample(logits, sampling, key)[0]))
-        logits, states = run(states, jnp.array([expected[-1:]]))
-    result = kvq.generate(decoder, prompt, method=OTT, max_new_tokens=40, sampling=sampling, seed=3)
-    assert result.tokens == [expected]
+        expected.append(sample(logits, sampling, key))
+        if i < 59:
+            logits, states = run(states, expected[-1][:, None])
+    result = kvq.generate(decoder, ragged, method=OTT, max_new_tokens=60, sampling=sampling, seed=3)
+    assert result.tokens == np.stack(expected, 1).tolist()
+    coded = [np.asarray(x[0].coded.num_coded) for x in (result.states, states)]
+    np.testing.assert_array_equal(*coded)
+    assert len(set(coded[0].tolist())) == 3
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 7])

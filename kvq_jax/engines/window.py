@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
@@ -145,10 +146,21 @@ class Window(SegmentedCache):
         That needs no new token where a call adds no more than residual_length + 1; longer calls
         make room for themselves, and so do those outside `jax.jit`.
         """
+        if num_tokens <= self.room:
+            return states, self
         if num_tokens > self.residual_length + 1 or not isinstance(states[0].length, Tracer):
             return states, self
         new = jnp.full_like(states[0].length, num_tokens)
-        return self._code(states, new, num_tokens), dataclasses.replace(self, room=num_tokens)
+        return self._code(states, new, num_tokens), self.with_room(num_tokens)
+
+    def lacks_room(self, lengths: np.ndarray, num_tokens: int) -> bool:
+        """Whether some row's window is full; see `CacheTransform.lacks_room`."""
+        coded = _divide(np.maximum(lengths - self._window, 0), self.group_size) * self.group_size
+        return bool((lengths + num_tokens - coded > self._window).any())
+
+    def with_room(self, num_tokens: int) -> "Window":
+        """Returns the method that codes nothing for a call of T tokens."""
+        return dataclasses.replace(self, room=num_tokens)
 
     def extend(self, state: WindowState, k: Array, v: Array, lengths: Array | None) -> WindowState:
         """Codes what has to make room, then writes; see `SegmentedCache.extend`."""
@@ -160,6 +172,9 @@ class Window(SegmentedCache):
         new = new.astype(jnp.int32)
         if num_tokens > self.room:
             (state,) = self._code((state,), new, num_tokens, k, v)
+        # Else XLA, for a single row, computes keys and values inside the scatter, a thread for each
+        # number: on a GPU that takes longer than attention.
+        k, v = jax.lax.optimization_barrier((k, v))
         # Into the ring goes what is valid and not coded already: no more than the latest W.
         index = jnp.arange(num_tokens, dtype=jnp.int32)[None]
         if num_tokens > self._window:

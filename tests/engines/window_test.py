@@ -83,16 +83,17 @@ def test_room_made_ahead_changes_nothing(name, num_tokens, monkeypatch):
 
 
 @methods
-def test_a_step_has_one_loop_for_all_layers(method):
+def test_a_step_has_one_loop_for_all_layers_and_none_with_room(method):
     k, v = tokens(1)
-    loops = {
-        ahead: str(
-            jax.make_jaxpr(functools.partial(step, method, ahead=ahead))(empty(method), k, v)
-        ).count(" while[")
-        for ahead in (False, True)
-    }
+
+    def loops(method, ahead):
+        run = functools.partial(step, method, ahead=ahead)
+        return str(jax.make_jaxpr(run)(empty(method), k, v)).count(" while[")
+
     coded = isinstance(method, kvq.Window)
-    assert loops == {False: LAYERS * coded, True: 1 * coded}
+    assert loops(method, ahead=False) == LAYERS * coded
+    assert loops(method, ahead=True) == 1 * coded
+    assert loops(method.with_room(1), ahead=True) == 0
 
 
 def test_room_is_made_ahead_only_where_that_is_possible():
@@ -106,6 +107,22 @@ def test_room_is_made_ahead_only_where_that_is_possible():
     jax.eval_shape(lambda states: seen.extend(rooms(states)), states)
     assert seen == [1, 17, 0]  # from residual_length + 2 on, a group may hold new tokens
     assert rooms(states) == [0, 0, 0]  # outside jit, where it would compile anew in every step
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_a_host_that_counts_knows_when_a_group_is_coded(num_tokens):
+    method = METHODS["ott"]
+    append = jax.jit(method.append)
+    k, v = (x[:, :num_tokens] for x in tokens(40))
+    state = method.prefill(
+        empty(method)[0], *tokens(40), lengths=jnp.arange(1, 1 + 13 * B, 13, dtype=jnp.int32)
+    )
+    lacking = []
+    for _ in range(3 * GROUP // num_tokens):
+        lacking.append(method.lacks_room(np.asarray(state.length), num_tokens))
+        before, state = state.coded.num_coded, append(state, k, v)
+        assert lacking[-1] == bool((state.coded.num_coded > before).any())
+    assert 0 < sum(lacking) < len(lacking)
 
 
 def test_a_longer_call_than_there_is_room_for_makes_its_own():
