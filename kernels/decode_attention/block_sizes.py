@@ -12,11 +12,13 @@ TUNED = pathlib.Path(__file__).parent / "tuned"
 
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
-# A model of an H200: bytes a second that one multiprocessor gets with 4 warpgroups, what a block
-# of threads costs besides (queries, the dense segment, first and last copies), and the launch that
-# merges splits.
-BYTES_PER_SECOND = 4.1e12 / MULTIPROCESSORS
-BLOCK_SECONDS = 6e-6
+# A model of an H200: bytes a second that one multiprocessor gets; how long it computes on a unit and
+# on a token of 128 channels; what a block of threads costs besides (queries, the dense segment, first
+# and last copies), and the launch that merges splits.
+BYTES_PER_SECOND = 4.3e12 / MULTIPROCESSORS
+UNIT_SECONDS = 47e-9
+TOKEN_SECONDS = 2.3e-9
+BLOCK_SECONDS = 5e-6
 MERGE_SECONDS = 3e-6
 MAX_SPLITS = 64
 MAX_CLUSTER = 2  # larger ones leave multiprocessors idle: their groups are not multiples of 4
@@ -120,11 +122,15 @@ def _cost(work: Work, sizes: BlockSizes) -> float:
     tiles = math.ceil(work.dense_slots / 16 / warps) * sizes.warps
     token = (work.key_bits + work.value_bits) * work.head_dim / 8 + 4
     token += 4 * work.head_dim / work.group_size
-    team = units * sizes.unit * token + tiles * 64 * work.head_dim
+    unit = max(
+        sizes.unit * token / BYTES_PER_SECOND,
+        (UNIT_SECONDS + sizes.unit * TOKEN_SECONDS) * work.head_dim / 128,
+    )
+    team = units * unit + tiles * 64 * work.head_dim / BYTES_PER_SECOND
     blocks = math.ceil(work.rows / sizes.teams) * sizes.splits
     waves = math.ceil(blocks / (MULTIPROCESSORS // sizes.cluster * sizes.cluster))
     # One block at a time has a multiprocessor; few warps don't hide what memory takes.
-    speed = BYTES_PER_SECOND * min(1.0, sizes.warpgroups / 4 + 0.1)
+    speed = min(1.0, sizes.warpgroups / 4 + 0.45)
     time = waves * (sizes.teams * team / speed + BLOCK_SECONDS)
     return time + (sizes.splits > sizes.cluster) * MERGE_SECONDS
 
