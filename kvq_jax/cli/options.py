@@ -30,7 +30,7 @@ Method = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many.")]
 
 Bits = Annotated[
-    int | None, typer.Option(help="Of keys and values: 2, 4 or 8.", rich_help_panel=_METHOD)
+    int | None, typer.Option(help="Of keys and values: 1 to 8.", rich_help_panel=_METHOD)
 ]
 ValueBits = Annotated[
     int | None, typer.Option(help="Of values, if not --bits.", rich_help_panel=_METHOD)

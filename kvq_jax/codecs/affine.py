@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, UInt32
 from kvq_jax import packing
 from kvq_jax.codecs.base import Codec
 
+BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+
 
 class AffineCode(NamedTuple):
     """x ≈ field * scale + minimum, with one scale and minimum for each tile.
@@ -34,7 +36,7 @@ class Affine(Codec):
     (slightly wider) step.
 
     Args:
-      bits: 2, 4 or 8.
+      bits: 1 to 8.
       tile: (tokens, channels) that share a scale. (group_size, 1) is KIVI's key, per channel;
         (1, group_size) is its value, per token, where head_dim cuts a larger group_size.
       scale_dtype: float16 keeps the offset of a channel 8 times finer than bfloat16; a tensor
@@ -49,8 +51,8 @@ class Affine(Codec):
     scale_dtype: Any = jnp.float16
 
     def __post_init__(self):
-        if self.bits not in packing.BITS:
-            raise ValueError(f"bits must be one of {packing.BITS}, got {self.bits!r}")
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
 
     def encode(
         self, x: Float[Array, "*d S H"], mask: Bool[Array, "*d S"] | None = None

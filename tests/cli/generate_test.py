@@ -123,7 +123,7 @@ def test_speed_of_too_few_tokens_is_null(kvq, tiny):
         (("--method", "foo"), "unknown method 'foo': choose from dense, kivi, ott, sink"),
         (("--method", "dense", "--bits", 2), "dense does not take --bits"),
         (("--method", "kivi", "--num-outliers", 2), "kivi does not take --num-outliers"),
-        (("--bits", 3), "bits must be one of (2, 4, 8), got 3"),
+        (("--bits", 16), "bits must be one of (1, 2, 3, 4, 5, 6, 7, 8), got 16"),
         (("--group-size", 33), "group_size must be one of (32, 64, 128), got 33"),
         (("--residual-length", -1), "residual_length must be at least 0, got -1"),
         (("--temperature", -1), "temperature must be 0 or more, got -1.0"),

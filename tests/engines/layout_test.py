@@ -60,5 +60,8 @@ def test_a_layout_that_can_not_hold_the_codes_is_refused():
     method = dataclasses.replace(kvq.kivi(), layout="hopper")
     with pytest.raises(ValueError, match=r"head_dim must be one of .* not 32"):
         method.init(kvq.CacheSpec(1, 1, 1024, 32))
+    method = dataclasses.replace(kvq.kivi(bits=3), layout="hopper")
+    with pytest.raises(ValueError, match=r"codes must be of \(2, 4, 8\) bits, not 3"):
+        method.init(kvq.CacheSpec(1, 1, 1024, 64))
     with pytest.raises((ValueError, TypeCheckError), match="paged"):
         dataclasses.replace(method, layout="paged")
