@@ -18,7 +18,19 @@ from kvq_jax.base import (
 )
 from kvq_jax.engines import OutlierTracer, Window
 from kvq_jax.kernels.decode_attention import decode_attention
-from kvq_jax.methods import dense, kivi, ott, sink
+from kvq_jax.methods import (
+    decoquant,
+    dense,
+    kivi,
+    kvarn,
+    nqkv,
+    ott,
+    sink,
+    squat,
+    svdq,
+    tokennorm,
+    turboquant,
+)
 from kvq_jax.rows import insert_row, select_rows
 
 if TYPE_CHECKING:
@@ -36,16 +48,23 @@ __all__ = [
     "Sampling",
     "Window",
     "decode_attention",
+    "decoquant",
     "dense",
     "generate",
     "insert_row",
     "kivi",
+    "kvarn",
     "models",
     "nbytes",
     "nbytes_by_part",
+    "nqkv",
     "ott",
     "select_rows",
     "sink",
+    "squat",
+    "svdq",
+    "tokennorm",
+    "turboquant",
 ]
 
 _LAZY = {

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvq_jax.base import CacheSpec, CacheTransform, nbytes
+from kvq_jax.base import CacheTransform, nbytes
 from kvq_jax.methods import dense
 from kvq_jax.models import Decoder, DecoderConfig, Layer, init_states
 
@@ -53,7 +54,8 @@ def evaluate(
 
     Every token attends to the cache as it stood when the token came: what the method had coded
     by then is read from its codes. Tokens go through in calls of the sizes that
-    `CacheTransform.exact_calls` gives, which changes nothing but the speed.
+    `CacheTransform.exact_calls` gives, which changes nothing but the speed. A method that needs a
+    prompt gets the tokens that are not scored as one.
 
     Args:
       decoder: the model.
@@ -83,12 +85,18 @@ def evaluate_each(
     def hidden_states(name: str, method: CacheTransform) -> Array:
         cache = init_states(decoder.config, method, num_windows, context, decoder.dtype)
         parts, start = [], 0
+        if method.needs_prompt and skip:
+            tokens = jnp.asarray(windows[:, :skip])
+            hidden, cache = decoder.prefill(tokens, cache, method, run_layer=_prefill_layer)
+            parts, start = [hidden], skip
         # The last token's prediction is of no use; but with it calls are more often of one size.
-        for size in method.exact_calls(context):
-            tokens = jnp.asarray(windows[:, start : start + size])
+        for end in itertools.accumulate(method.exact_calls(context)):
+            if end <= start:
+                continue
+            tokens = jnp.asarray(windows[:, start:end])
             hidden, cache = decoder(tokens, cache, method, run_layer=_run_layer)
             parts.append(hidden.block_until_ready())
-            start += size
+            start = end
             if on_progress:
                 on_progress(name, start, context)
         return jnp.concatenate(parts, axis=1)
@@ -121,6 +129,7 @@ def evaluate_each(
 
 # A layer at a time: one compilation serves all layers.
 _run_layer = jax.jit(Layer.__call__, static_argnames="cache", donate_argnames="state")
+_prefill_layer = jax.jit(Layer.prefill, static_argnames="cache", donate_argnames="state")
 
 
 @jax.jit
@@ -148,6 +157,6 @@ def bits_per_element(method: CacheTransform, config: DecoderConfig, length: int)
       config: of the model.
       length: capacity of the cache; its dense parts are bfloat16.
     """
-    spec = CacheSpec(1, config.num_kv_heads, length, config.head_dim, jnp.bfloat16)
-    state = jax.eval_shape(functools.partial(method.init, spec))
+    init = functools.partial(init_states, config, method, 1, length, jnp.bfloat16)
+    state = jax.eval_shape(init)[-1]
     return 8 * nbytes(state) / (2 * config.num_kv_heads * config.head_dim * length)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from kvq_jax.base import CacheSpec, CacheTransform
 from kvq_jax.models.attention import Attention
 from kvq_jax.models.config import DecoderConfig
-from kvq_jax.models.layers import MLP, RMSNorm, matmul_precision
+from kvq_jax.models.layers import MLP, RMSNorm, matmul_precision, rope_frequencies
 
 States = tuple[Any, ...]
 
@@ -196,5 +196,6 @@ def init_states(
         capacity=capacity,
         head_dim=config.head_dim,
         dtype=jnp.dtype(dtype),
+        rope=tuple(rope_frequencies(config).tolist()) if cache.pre_rope else None,
     )
     return tuple(cache.init(spec, layer=layer) for layer in range(config.num_layers))

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvq_jax.base import KV, CacheSpec, Code, CodedSegment
 from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.base import Codec
 from kvq_jax.kernels.decode_attention import hopper
+from kvq_jax.rope import turn
 
 Layout = Literal["plain", "hopper"]
 
@@ -63,9 +64,10 @@ def init(
         codes = key_codec.encode(group), value_codec.encode(group)
         return hopper.from_codes(*codes) if layout == "hopper" else codes
 
-    group = jax.ShapeDtypeStruct((group_size, spec.head_dim), spec.dtype)
+    shape = (spec.batch_size, spec.num_kv_heads, 1, group_size, spec.head_dim)
+    group = jax.ShapeDtypeStruct(shape, spec.dtype)
     keys, values = jax.tree.map(
-        lambda x: jnp.zeros(lead + x.shape, x.dtype), jax.eval_shape(codes, group)
+        lambda x: jnp.zeros(lead + x.shape[3:], x.dtype), jax.eval_shape(codes, group)
     )
     table = jnp.arange(spec.batch_size * blocks, dtype=jnp.int32)
     return CodedSegment(
@@ -146,3 +148,11 @@ def read(coded: CodedSegment, key_codec: Codec, value_codec: Codec, dtype: Any) 
     keys, values, mask = read_blocks(coded, coded.block_table, key_codec, value_codec, dtype)
     positions = jnp.where(mask, jnp.arange(keys.shape[2], dtype=jnp.int32), -1)
     return KV(keys, values, positions)
+
+
+def turned(kv: KV, rope: Float[Array, "B half"] | None) -> KV:
+    """Returns keys from before rotary embedding as they are after it; None changes nothing."""
+    if rope is None:
+        return kv
+    angle = kv.positions[..., None].astype(jnp.float32) * rope[:, None, None]
+    return kv._replace(keys=turn(kv.keys, angle))

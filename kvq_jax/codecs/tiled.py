@@ -2,6 +2,7 @@
 """What all codecs share whose tiles of tokens and channels each have a scale."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from kvq_jax.base import Code
 from kvq_jax.codecs.base import Codec
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+WHOLE_HEAD = sys.maxsize
+"""As channels of a tile: all of a head."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,12 @@ class Shape(NamedTuple):
     def spec(self, capacity: int) -> kvq.CacheSpec:
         """Returns the cache's spec."""
         return kvq.CacheSpec(
-            self.batch_size, self.num_kv_heads, capacity, self.head_dim, self.dtype
+            self.batch_size,
+            self.num_kv_heads,
+            capacity,
+            self.head_dim,
+            self.dtype,
+            rope=tuple(10000 ** -(i / self.head_dim) for i in range(0, self.head_dim, 2)),
         )
 
 
@@ -40,10 +45,14 @@ class Case(NamedTuple):
       make: the method from the bits of keys and of values; those without bits ignore them.
       nbytes: bytes of a state from the spec, bits, and the coded slots and blocks of a row, as
         the method's docstring has it.
+      shapes: to run it on; one does for those that differ from others in policy or codec alone.
+      worst: largest error of one number of `contract_test.tokens` in 8 bits.
     """
 
     make: Callable[[int, int], kvq.CacheTransform]
     nbytes: Callable[[kvq.CacheSpec, int, int, int, int], float]
+    shapes: tuple[str, ...] = ("gqa",)
+    worst: float = 12 / 255  # affine codes of a range of up to 12
 
 
 GROUP, RESIDUAL = 32, 16
@@ -62,6 +71,48 @@ def kivi_nbytes(spec, bits, value_bits, coded, blocks):
     head += 4 * coded * width * (1 / GROUP + 1 / min(GROUP, width))
     head += 2 * (GROUP + RESIDUAL) * width * d
     return spec.batch_size * (spec.num_kv_heads * head + 4 + 4 + 4 * blocks)
+
+
+def token_nbytes(spec, bits, value_bits, coded, blocks):
+    """Returns the formula of `nqkv` and `turboquant`: a scale of each token."""
+    width, d = spec.head_dim, spec.dtype.itemsize
+    head = coded * width * (bits + value_bits) / 8 + 4 * coded
+    head += 2 * (GROUP + RESIDUAL) * width * d
+    return spec.batch_size * (spec.num_kv_heads * head + 4 + 4 + 4 * blocks)
+
+
+def decoquant_nbytes(spec, bits, value_bits, coded, blocks):
+    """Returns the formula of `decoquant`."""
+    return token_nbytes(spec, bits, value_bits, coded, blocks) + spec.batch_size * 16 * 16**2
+
+
+def squat_nbytes(spec, bits, value_bits, coded, blocks):
+    """Returns the formula of `squat`."""
+    feedback = 4 * spec.batch_size * spec.num_kv_heads * spec.head_dim**2
+    return kivi_nbytes(spec, bits, value_bits, coded, blocks) + feedback
+
+
+SCHEDULES = {2: (4, 4, 2, 2, 2, 2, 0, 0), 4: (8, 8, 4, 4, 4, 2, 2, 0), 8: (8,) * 8}
+
+
+def svdq_nbytes(spec, bits, value_bits, coded, blocks):
+    """Returns the formula of `svdq`."""
+    width = spec.num_kv_heads * spec.head_dim
+    kept = sum(b > 0 for b in SCHEDULES[bits]) / 8
+    saved = 4 * coded * width * (1 - kept) / GROUP
+    fitted = 4 * width * (1 + width) + 2 * spec.head_dim
+    return kivi_nbytes(spec, bits, value_bits, coded, blocks) + spec.batch_size * (fitted - saved)
+
+
+def factor_nbytes(of_values):
+    """Returns the formulas of `tokennorm` and `kvarn`: KIVI's, and factors."""
+
+    def formula(spec, bits, value_bits, coded, blocks):
+        factors = 2 * coded * (1 + of_values * spec.head_dim / GROUP)
+        factors *= spec.batch_size * spec.num_kv_heads
+        return kivi_nbytes(spec, bits, value_bits, coded, blocks) + factors
+
+    return formula
 
 
 def pool_nbytes(num_outliers, num_auxiliary):
@@ -85,13 +136,29 @@ def coded_with(constructor, **options):
 
 
 CASES = {
-    "dense": Case(lambda bits, value_bits: kvq.dense(), dense_nbytes),
-    "kivi": Case(coded_with(kvq.kivi), kivi_nbytes),
-    "ott": Case(coded_with(kvq.ott), pool_nbytes(3, 32)),
+    "dense": Case(lambda bits, value_bits: kvq.dense(), dense_nbytes, tuple(SHAPES)),
+    "kivi": Case(coded_with(kvq.kivi), kivi_nbytes, tuple(SHAPES)),
+    "ott": Case(coded_with(kvq.ott), pool_nbytes(3, 32), tuple(SHAPES)),
     "ott-l2-shared": Case(
         coded_with(kvq.ott, score="l2", share_heads=True, num_outliers=2), pool_nbytes(2, 32)
     ),
     # The auxiliary pool overflows within the test's tokens, so tracing stops.
     "ott-tight": Case(coded_with(kvq.ott, num_outliers=4, num_auxiliary=3), pool_nbytes(4, 3)),
     "sink": Case(coded_with(kvq.sink), pool_nbytes(4, 0)),
+    # Levels are sparse where numbers are rare.
+    "nqkv": Case(coded_with(kvq.nqkv), token_nbytes, worst=0.1),
+    "turboquant": Case(coded_with(kvq.turboquant), token_nbytes, worst=0.6),
+    "tokennorm": Case(coded_with(kvq.tokennorm), factor_nbytes(False), ("gqa", "bf16")),
+    "kvarn": Case(coded_with(kvq.kvarn), factor_nbytes(True)),
+    "decoquant": Case(coded_with(kvq.decoquant), decoquant_nbytes),
+    "squat": Case(coded_with(kvq.squat), squat_nbytes),
+    "svdq": Case(
+        lambda bits, value_bits: kvq.svdq(
+            schedule=SCHEDULES[bits],
+            value_bits=value_bits,
+            group_size=GROUP,
+            residual_length=RESIDUAL,
+        ),
+        svdq_nbytes,
+    ),
 }
