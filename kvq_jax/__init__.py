@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV-cache quantization for JAX.
 
-The core needs jax and numpy. `models`, `generate` and `Sampling` bring Flax in and are imported
-when they are first used.
+The core needs jax and numpy. `models`, `generate`, `calibrate` and `Sampling` bring Flax in and are
+imported when they are first used.
 """
 
 import importlib
@@ -19,10 +19,12 @@ from kvq_jax.base import (
 from kvq_jax.engines import OutlierTracer, Window
 from kvq_jax.kernels.decode_attention import decode_attention
 from kvq_jax.methods import (
+    cq,
     decoquant,
     dense,
     kivi,
     kvarn,
+    kvquant,
     nqkv,
     ott,
     sink,
@@ -35,6 +37,7 @@ from kvq_jax.rows import insert_row, select_rows
 
 if TYPE_CHECKING:
     from kvq_jax import models
+    from kvq_jax.calibration import Calibration, calibrate, load_calibration, save_calibration
     from kvq_jax.generation import Generation, generate
     from kvq_jax.sampling import Sampling
 
@@ -42,11 +45,14 @@ __all__ = [
     "KV",
     "CacheSpec",
     "CacheTransform",
+    "Calibration",
     "CodedSegment",
     "Generation",
     "OutlierTracer",
     "Sampling",
     "Window",
+    "calibrate",
+    "cq",
     "decode_attention",
     "decoquant",
     "dense",
@@ -54,11 +60,14 @@ __all__ = [
     "insert_row",
     "kivi",
     "kvarn",
+    "kvquant",
+    "load_calibration",
     "models",
     "nbytes",
     "nbytes_by_part",
     "nqkv",
     "ott",
+    "save_calibration",
     "select_rows",
     "sink",
     "squat",
@@ -69,6 +78,10 @@ __all__ = [
 
 _LAZY = {
     "models": "kvq_jax.models",
+    "calibrate": "kvq_jax.calibration",
+    "load_calibration": "kvq_jax.calibration",
+    "save_calibration": "kvq_jax.calibration",
+    "Calibration": "kvq_jax.calibration",
     "generate": "kvq_jax.generation",
     "Generation": "kvq_jax.generation",
     "Sampling": "kvq_jax.sampling",

@@ -4,14 +4,14 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvq_jax.base import CacheTransform, nbytes
+from kvq_jax.base import CacheTransform, Params, nbytes
 from kvq_jax.methods import dense
 from kvq_jax.models import Decoder, DecoderConfig, Layer, init_states
 
@@ -48,6 +48,7 @@ def evaluate(
     methods: dict[str, CacheTransform],
     *,
     skip: int = 128,
+    params: Mapping[str, Sequence[Params]] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Quality]:
     """Measures the prediction of each next token of some windows of text, as when decoding.
@@ -63,9 +64,12 @@ def evaluate(
       methods: by name.
       skip: predictions at the start of a window that are not scored, since most methods have
         coded nothing then.
+      params: of each layer, from `kvq_jax.calibrate`, of those methods that need texts.
       on_progress: called with (method or "dense", tokens done, tokens of a window).
     """
-    return dict(evaluate_each(decoder, windows, methods, skip=skip, on_progress=on_progress))
+    return dict(
+        evaluate_each(decoder, windows, methods, skip=skip, params=params, on_progress=on_progress)
+    )
 
 
 def evaluate_each(
@@ -74,6 +78,7 @@ def evaluate_each(
     methods: dict[str, CacheTransform],
     *,
     skip: int = 128,
+    params: Mapping[str, Sequence[Params]] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[tuple[str, Quality]]:
     """Yields each method's name and figures as soon as they are there; see `evaluate`."""
@@ -81,9 +86,15 @@ def evaluate_each(
     num_windows, context = windows.shape
     if context - 1 <= skip:
         raise ValueError(f"windows of {context} tokens leave nothing to score after skip={skip}")
+    params = {} if params is None else params
+    for name, method in methods.items():
+        if method.needs_texts and name not in params:
+            raise ValueError(f"{name} needs parameters: kvq_jax.calibrate makes them")
 
     def hidden_states(name: str, method: CacheTransform) -> Array:
-        cache = init_states(decoder.config, method, num_windows, context, decoder.dtype)
+        cache = init_states(
+            decoder.config, method, num_windows, context, decoder.dtype, params.get(name)
+        )
         parts, start = [], 0
         if method.needs_prompt and skip:
             tokens = jnp.asarray(windows[:, :skip])

@@ -38,7 +38,7 @@ class Latent(Codec):
     bits: tuple[int, ...]
     group_size: int
     joint: bool = True
-    fits: Literal["prompt", "texts"] = "prompt"
+    fits: Literal["prompt", "texts"] | None = "prompt"
     params: Any = ()
 
     def __post_init__(self):

