@@ -10,7 +10,7 @@ Reference: Wang et al., arXiv 2503.24358.
 Parts: KIVI's, with a `Feedback` codec of keys that is fitted to the prompt's queries.
 
 Differs from the paper: the queries' second moment is a mean, not a sum, so that its weight does
-not grow with the prompt: the default is the paper's at 4096 queries (heads times tokens); keys and
+not grow with the prompt: the default is the paper's at 1000 queries (heads times tokens); keys and
 queries are both after rotary embedding; each row has its own queries; a block is half a head where
 that is less than 64 channels. What is decoded is what KIVI would decode: kernels don't know.
 Without a prompt's queries it is KIVI.
@@ -32,7 +32,7 @@ def squat(
     value_group_size: int | None = None,
     residual_length: int = 32,
     rank: int = 20,
-    weight: float = 4.0,
+    weight: float = 1.0,
     channel_block: int = 64,
     tracer: OutlierTracer | None = None,
 ) -> Window:
