@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import Implementation, Params
+from kvq_jax.base import CacheTransform, Implementation, Params
 from kvq_jax.codecs.base import Sample
 from kvq_jax.engines import Segments, Window
 from kvq_jax.methods.dense import Dense, DenseState
@@ -35,7 +35,7 @@ class Calibration(NamedTuple):
 def calibrate(
     model: LoadedModel | Decoder,
     texts: Sequence[str] | Int[np.ndarray, "n T"],
-    method: Window,
+    method: CacheTransform,
     *,
     context: int = 512,
     num_tokens: int = 8192,
@@ -65,8 +65,7 @@ def calibrate(
     Raises:
       ValueError: for a method that fits nothing to texts, and texts shorter than a window.
     """
-    if not method.needs_texts:
-        raise ValueError(f"{method} fits nothing to texts")
+    method = _needing_texts(method)
     decoder = model.decoder if isinstance(model, LoadedModel) else model
     windows = _windows(model, texts, context)
     count, length = windows.shape
@@ -111,7 +110,9 @@ def save_calibration(path: str | Path, calibration: Calibration) -> None:
         checkpointer.save(Path(path).absolute(), items)
 
 
-def load_calibration(path: str | Path, method: Window, config: DecoderConfig) -> Calibration:
+def load_calibration(
+    path: str | Path, method: CacheTransform, config: DecoderConfig
+) -> Calibration:
     """Reads a calibration.
 
     Args:
@@ -120,9 +121,12 @@ def load_calibration(path: str | Path, method: Window, config: DecoderConfig) ->
       config: of the model.
 
     Raises:
-      ValueError: if it was fitted for another method, or for a model of other sizes.
+      ValueError: if it was fitted for another method, or for a model of other sizes; and for a
+        method that fits nothing to texts.
     """
     import orbax.checkpoint as ocp
+
+    method = _needing_texts(method)
 
     def empty() -> tuple[Params, ...]:
         states = init_states(config, method, 1, 1, jnp.float32)
@@ -217,6 +221,12 @@ def _record(decoder: Decoder, tokens: Int[Array, "1 T"], method: Window) -> list
         (state.keys, state.values, *(jnp.square(x.astype(jnp.float32)) for x in gradient))
         for state, gradient in zip(states, gradients, strict=True)
     ]
+
+
+def _needing_texts(method: CacheTransform) -> Window:
+    if not isinstance(method, Window) or not method.needs_texts:
+        raise ValueError(f"{method} fits nothing to texts")
+    return method
 
 
 def _windows(
