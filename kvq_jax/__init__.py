@@ -19,6 +19,7 @@ from kvq_jax.base import (
 from kvq_jax.engines import OutlierTracer, Window
 from kvq_jax.kernels.decode_attention import decode_attention
 from kvq_jax.methods import (
+    adaquant,
     cq,
     decoquant,
     dense,
@@ -51,6 +52,7 @@ __all__ = [
     "OutlierTracer",
     "Sampling",
     "Window",
+    "adaquant",
     "calibrate",
     "cq",
     "decode_attention",

@@ -208,7 +208,8 @@ class CacheTransform(abc.ABC):
         Args:
           spec: its shape.
           layer: index of the layer, for methods that treat layers differently; None asks for
-            what most layers get. Layers of one spec always have states of the same shape.
+            what most layers get. Layers of one spec have states of the same shape, but for those
+            of a `Layered`.
         """
 
     @abc.abstractmethod

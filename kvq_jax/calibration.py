@@ -74,7 +74,7 @@ def calibrate(
     samples: list[list[tuple[np.ndarray, ...]]] = [[] for _ in decoder.layers]
     for i, window in enumerate(windows):
         at = np.sort(rng.choice(np.arange(skip_first, length), share, replace=False))
-        recorded = _record(decoder, jnp.asarray(window)[None], method)
+        recorded = record(decoder, jnp.asarray(window)[None], method.pre_rope, method.needs_weights)
         for layer, arrays in zip(samples, recorded, strict=True):
             layer.append(tuple(np.asarray(x)[0][:, at].swapaxes(0, 1) for x in arrays))
         if on_progress:
@@ -197,24 +197,33 @@ class _Recorder(Dense):
 _run_layer = jax.jit(jax.checkpoint(Layer.__call__, static_argnums=4), static_argnums=4)
 
 
-def _record(decoder: Decoder, tokens: Int[Array, "1 T"], method: Window) -> list[tuple]:
-    """Returns keys and values `1 K T H` of each layer, and squared gradients if the method asks."""
+def record(
+    decoder: Decoder, tokens: Int[Array, "1 T"], pre_rope: bool, weights: bool
+) -> list[tuple[Array, ...]]:
+    """Returns keys and values `1 K T H` of each layer.
+
+    Args:
+      decoder: the model.
+      tokens: a window of text.
+      pre_rope: keys from before rotary embedding.
+      weights: return squared gradients of the loss with respect to both as well.
+    """
     config = decoder.config
-    rope = tuple(rope_frequencies(config).tolist()) if method.pre_rope else None
-    recorder = _Recorder(method.pre_rope, rope)
+    rope = tuple(rope_frequencies(config).tolist()) if pre_rope else None
+    recorder = _Recorder(pre_rope, rope)
     states = init_states(config, recorder, 1, tokens.shape[1], decoder.dtype)
     length = states[0].length
 
     def loss(zeros: list[tuple[Array, Array]]):
         start = tuple(DenseState(k, v, length) for k, v in zeros)
         hidden, states = decoder(tokens, start, recorder, run_layer=_run_layer)
-        if not method.needs_weights:
+        if not weights:
             return jnp.zeros(()), states
         log_p = jax.nn.log_softmax(decoder.logits(hidden[:, :-1]))
         return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).sum(), states
 
     zeros = [(state.keys, state.values) for state in states]
-    if not method.needs_weights:
+    if not weights:
         return [(state.keys, state.values) for state in loss(zeros)[1]]
     (_, states), gradients = jax.value_and_grad(loss, has_aux=True)(zeros)
     return [

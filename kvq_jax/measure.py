@@ -169,5 +169,6 @@ def bits_per_element(method: CacheTransform, config: DecoderConfig, length: int)
       length: capacity of the cache; its dense parts are bfloat16.
     """
     init = functools.partial(init_states, config, method, 1, length, jnp.bfloat16)
-    state = jax.eval_shape(init)[-1]
-    return 8 * nbytes(state) / (2 * config.num_kv_heads * config.head_dim * length)
+    states = jax.eval_shape(init)
+    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
+    return 8 * nbytes(states) / numbers

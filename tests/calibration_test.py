@@ -40,7 +40,7 @@ def test_what_is_recorded_is_what_a_cache_gets(decoder, windows):
     positions = jnp.arange(96)[None]
     for method in (CQ, kvq.svdq(fits="texts", **SIZES)):
         for recorded, state in zip(
-            calibration._record(decoder, tokens, method), states, strict=True
+            calibration.record(decoder, tokens, True, method.needs_weights), states, strict=True
         ):
             k = recorded[0].swapaxes(1, 2)
             k = apply_rope(k, positions, rope_frequencies(decoder.config)).swapaxes(1, 2)
@@ -62,7 +62,7 @@ def test_weights_are_squared_gradients(decoder, windows):
         log_p = jax.nn.log_softmax(decoder.logits(hidden[:, :-1]))
         return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).sum()
 
-    recorded = calibration._record(decoder, tokens, CQ)
+    recorded = calibration.record(decoder, tokens, True, True)
     for layer, field in ((0, "keys"), (0, "values"), (1, "values")):
         slope = (loss(layer, field, step) - loss(layer, field, -step)) / (2 * step)
         weight = recorded[layer][2 if field == "keys" else 3][at]
@@ -77,7 +77,9 @@ def test_fits_each_layer_to_its_own(decoder, windows, fitted):
     assert np.isfinite(first).all() and np.abs(first - second).max() > 0.01
     skipped = [sorted({*range(96)} - {0})] * 6  # all but the first token of each window
     everything = kvq.calibrate(decoder, windows, kvq.svdq(fits="texts", **SIZES), num_tokens=9999)
-    keys = [calibration._record(decoder, jnp.asarray(w[None]), CQ)[0][0][0] for w in windows]
+    keys = [
+        calibration.record(decoder, jnp.asarray(w[None]), True, False)[0][0][0] for w in windows
+    ]
     keys = jnp.concatenate([k[:, i] for k, i in zip(keys, map(jnp.array, skipped), strict=True)], 1)
     mean = everything.params[0][0][0]
     expected = keys.swapaxes(0, 1).reshape(keys.shape[1], -1).mean(0)

@@ -27,7 +27,7 @@ ALLOWED["rows"] = {"base", "rows"}
 ALLOWED["models"] = {"base", "rope", "models"}
 ALLOWED["sampling"] = {"sampling"}
 ALLOWED["aot"] = {"aot"}
-TOP = {"calibration", "measure", "generation", "fits", "cli"}
+TOP = {"allocation", "calibration", "measure", "generation", "fits", "cli"}
 
 
 def modules():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods: one paper, one file."""
 
+from kvq_jax.methods.adaquant import adaquant
 from kvq_jax.methods.cq import cq
 from kvq_jax.methods.decoquant import decoquant
 from kvq_jax.methods.dense import Dense, DenseState, dense
@@ -18,6 +19,7 @@ from kvq_jax.methods.turboquant import turboquant
 __all__ = [
     "Dense",
     "DenseState",
+    "adaquant",
     "cq",
     "decoquant",
     "dense",

@@ -174,6 +174,8 @@ CASES = {
     "kvarn": Case(coded_with(kvq.kvarn), factor_nbytes(True)),
     "decoquant": Case(coded_with(kvq.decoquant), decoquant_nbytes),
     "squat": Case(coded_with(kvq.squat), squat_nbytes),
+    # Of one pair of widths; what of several: tests/engines/layered_test.py
+    "adaquant": Case(coded_with(kvq.adaquant), kivi_nbytes),
     "svdq": Case(
         lambda bits, value_bits: kvq.svdq(
             schedule=SCHEDULES[bits],
