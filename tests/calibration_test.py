@@ -126,8 +126,9 @@ def test_refuses_what_does_not_fit(decoder, windows, fitted):
     spec = kvq.CacheSpec(1, 1, 64, 32, rope=(1.0,) * 16)
     with pytest.raises(ValueError, match="do not fit a cache of"):
         CQ.with_params(CQ.init(spec), fitted.params[0])
-    with pytest.raises(ValueError, match="has no parameters"):
-        kvq.dense().with_params(kvq.dense().init(spec), fitted.params[0])
+    for method in (kvq.dense(), kvq.kivi()):
+        with pytest.raises(ValueError, match="has no parameters"):
+            method.with_params(method.init(spec), fitted.params[0])
 
 
 def test_a_cache_without_its_parameters_is_loud():

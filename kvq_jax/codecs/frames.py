@@ -9,7 +9,6 @@ are read as they are, whatever the frame, and attention costs no more.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -147,4 +146,4 @@ def _hadamard(x: Array) -> Array:
         first, second = x[..., 0, :], x[..., 1, :]
         x = jnp.stack([first + second, first - second], -2)
         half *= 2
-    return x.reshape(lead) * jax.lax.rsqrt(float(size))
+    return x.reshape(lead) * size**-0.5

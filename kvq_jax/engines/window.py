@@ -189,6 +189,8 @@ class Window(SegmentedCache):
 
     def with_params(self, state: WindowState, params: Params) -> WindowState:
         """Replaces what was fitted to texts; see `CacheTransform.with_params`."""
+        if not self.needs_texts:
+            return super().with_params(state, params)
         fitted = list(state.fitted)
         for i, part in enumerate(self._parts):
             if part.fits == "texts":
