@@ -35,6 +35,7 @@ from kvq_jax.methods import (
     turboquant,
 )
 from kvq_jax.rows import insert_row, select_rows
+from kvq_jax.sharding import Sharded
 
 if TYPE_CHECKING:
     from kvq_jax import models
@@ -51,6 +52,7 @@ __all__ = [
     "Generation",
     "OutlierTracer",
     "Sampling",
+    "Sharded",
     "Window",
     "adaquant",
     "calibrate",

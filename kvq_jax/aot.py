@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles for TPUs on a machine that has none: whether a program fits, and the memory it takes.
+"""Compiles for TPUs on a machine that has none: does it fit, and what would it take.
 
 libtpu is the whole compiler and runs without a chip. A check that fails inside it ends the process,
 so that every program is compiled in one of its own, with the settings that libtpu wants.
@@ -8,11 +8,13 @@ so that every program is compiled in one of its own, with the settings that libt
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -136,13 +138,14 @@ def compile_for(
     donate_argnums: int | Sequence[int] = (),
     mesh: Mapping[str, int] | None = None,
     specs: Sequence[Any] | None = None,
+    flags: str = "",
     timeout: float = 600.0,
 ) -> Compiled:
     """Compiles a function for a TPU in a process of its own; needs no TPU, but libtpu.
 
-    The process is a fresh Python with JAX on the CPU and the environment of this one; libtpu's
-    own flags can be given in `LIBTPU_INIT_ARGS`. It imports the function by name. What the
-    function needs besides arrays is bound to it with `functools.partial`.
+    The process is a fresh Python with JAX on the CPU and the environment of this one. It imports
+    the function by name. What the function needs besides arrays is bound to it with
+    `functools.partial`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -161,6 +164,7 @@ def compile_for(
         inside the function finds it by itself. None is one device.
       specs: a `PartitionSpec` for each argument, or a pytree prefix of them; None leaves a copy of
         everything on every device.
+      flags: of libtpu, besides those in the environment's `LIBTPU_INIT_ARGS`.
       timeout: seconds to wait for the compiler.
 
     Raises:
@@ -189,12 +193,14 @@ def compile_for(
     request = _pickle((CHIPS[chip], function, shapes, donate_argnums, mesh, specs), function)
     # The child must find the module where this process found it, such as beside a script.
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+    settings = {"PYTHONPATH": paths, "LIBTPU_INIT_ARGS": flags}
     try:
         run = subprocess.run(
             [sys.executable, "-c", "from kvq_jax import aot; aot._serve()"],
             input=request,
             capture_output=True,
-            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": paths},
+            env=os.environ | _ENVIRONMENT | settings,
             timeout=timeout,
         )
     except subprocess.TimeoutExpired as error:
@@ -208,6 +214,70 @@ def compile_for(
     if isinstance(reply, Compiled):
         return reply
     raise _error(chip, *reply)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What the compiler foretells of a Pallas kernel, without having run it.
+
+    Attributes:
+      cycles: that libtpu's simulation of the schedule takes, copies and trips of loops included.
+        It does not know that copies share the memory's bandwidth, and takes a branch that depends
+        on data as not taken.
+      bundles: instruction words of the program.
+      uses: of each unit of the core, in these.
+      capacity: of each unit, in one.
+    """
+
+    cycles: int
+    bundles: int
+    uses: Mapping[str, int]
+    capacity: Mapping[str, int]
+
+
+def simulate(
+    chip: str, function: Callable, *shapes: Any, kernel: str, timeout: float = 600.0
+) -> Schedule:
+    """Compiles a function with a Pallas kernel, and returns what is foretold of the kernel.
+
+    Some operations make the simulation die, where the compiler alone would do.
+
+    Args:
+      chip: as in `compile_for`; v4 is not simulated.
+      function: as in `compile_for`.
+      *shapes: as in `compile_for`.
+      kernel: name of the `pallas_call`.
+      timeout: as in `compile_for`.
+
+    Raises:
+      ValueError: the program has no such kernel.
+      CompileError: as in `compile_for`, or the simulation dies.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        flags = (
+            f"--xla_jf_dump_to={folder}/code --xla_jf_dump_llo_text=true "
+            f"--xla_jf_dump_static_llo_profile_to={folder}/profile"
+        )
+        compile_for(chip, function, *shapes, flags=flags, timeout=timeout)
+        profiles = list(folder.glob(f"profile/{kernel}.*textproto"))
+        tables = list(folder.glob(f"code/*-{kernel}.*-final_*-per-bundle-utilization.txt"))
+        if len(profiles) != 1 or len(tables) != 1:
+            raise ValueError(f"the program has {len(profiles)} kernels of the name {kernel!r}")
+        cycles = re.search(r"estimated_cycles: (\d+)", profiles[0].read_text())
+        # A title, the names of the units, how many each has, and a line for each bundle.
+        _, names, *rows = tables[0].read_text().splitlines()
+    numbers = [[int(x) for x in row.split()] for row in rows if row.strip()[:1].isdigit()]
+    if cycles is None:
+        raise CompileError(f"libtpu's simulation says nothing of {kernel!r}")
+    capacity, *bundles = numbers
+    units = [name.strip() for name in names.split(",")]
+    return Schedule(
+        cycles=int(cycles[1]),
+        bundles=len(bundles),
+        uses=dict(zip(units, map(sum, zip(*bundles, strict=True)), strict=True)),
+        capacity=dict(zip(units, capacity, strict=True)),
+    )
 
 
 def _pickle(request: Any, function: Callable) -> bytes:

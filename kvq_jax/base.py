@@ -31,7 +31,7 @@ State = Any
 Code = Any
 """A pytree that stands for a tensor; made and read by a `Codec`."""
 
-Implementation = Literal["mosaic_gpu", "xla", "reference"]
+Implementation = Literal["mosaic_gpu", "mosaic_tpu", "xla", "reference"]
 """Of `kvq_jax.decode_attention`."""
 
 

@@ -192,7 +192,22 @@ def init_states(
     Returns:
       A tuple of L states.
     """
-    spec = CacheSpec(
+    spec = cache_spec(config, cache, batch_size, capacity, dtype)
+    states = (cache.init(spec, layer=layer) for layer in range(config.num_layers))
+    if params is None:
+        return tuple(states)
+    return tuple(cache.with_params(*x) for x in zip(states, params, strict=True))
+
+
+def cache_spec(
+    config: DecoderConfig,
+    cache: CacheTransform,
+    batch_size: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+) -> CacheSpec:
+    """Returns the shape of each layer's cache; see `init_states`."""
+    return CacheSpec(
         batch_size=batch_size,
         num_kv_heads=config.num_kv_heads,
         capacity=capacity,
@@ -200,7 +215,3 @@ def init_states(
         dtype=jnp.dtype(dtype),
         rope=tuple(rope_frequencies(config).tolist()) if cache.pre_rope else None,
     )
-    states = (cache.init(spec, layer=layer) for layer in range(config.num_layers))
-    if params is None:
-        return tuple(states)
-    return tuple(cache.with_params(*x) for x in zip(states, params, strict=True))

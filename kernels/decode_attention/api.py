@@ -3,18 +3,33 @@
 
 import logging
 import math
+from types import ModuleType
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvq_jax.base import KV, CodedSegment, Implementation, RingKV
 from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.base import Codec
-from kvq_jax.kernels.decode_attention import hopper, mosaic_gpu, plain, reference, xla
+from kvq_jax.kernels.decode_attention import (
+    hopper,
+    mosaic_gpu,
+    mosaic_tpu,
+    plain,
+    reference,
+    tpu,
+    xla,
+)
 
 log = logging.getLogger(__name__)
+
+_KERNELS: dict[Implementation, tuple[ModuleType, ModuleType, str]] = {
+    "mosaic_gpu": (mosaic_gpu, hopper, "a Hopper GPU"),
+    "mosaic_tpu": (mosaic_tpu, tpu, "a TPU"),
+}
+"""The fused kernels: each with the layout that it reads, and where it runs."""
 
 
 def decode_attention(
@@ -47,8 +62,9 @@ def decode_attention(
       rope: radians per token by which each pair of channels of a key is yet to be turned, where
         keys are kept from before rotary embedding; `q` is after it.
       implementation: "mosaic_gpu" is the fused kernel for Hopper GPUs and codes in the `hopper`
-        layout; "xla" runs anywhere and decodes block by block; "reference" decodes all at once
-        in float32. None takes the best for the platform and logs which.
+        layout, "mosaic_tpu" that for TPUs and the `tpu` layout; "xla" runs anywhere and decodes
+        block by block; "reference" decodes all at once in float32. None takes the best for the
+        platform and logs which.
 
     Returns:
       Attention output in the dtype of q. A query that sees no token gives 0.
@@ -62,9 +78,9 @@ def decode_attention(
     if implementation is None:
         implementation, reason = _best(q, coded, rope)
         log.info("decode_attention of %s runs as %s: %s", q.shape, implementation, reason)
+    if implementation in _KERNELS and (reason := _against(implementation, q, coded, rope)):
+        raise NotImplementedError(f"{implementation} can't serve this call: {reason}")
     if implementation == "mosaic_gpu":
-        if reason := _against_mosaic_gpu(q, coded, rope):
-            raise NotImplementedError(f"mosaic_gpu can't serve this call: {reason}")
         return mosaic_gpu.decode_attention(
             q,
             length,
@@ -76,11 +92,22 @@ def decode_attention(
             sliding_window=sliding_window,
             capacity=capacity,
         )
+    if implementation == "mosaic_tpu":
+        out = mosaic_tpu.decode_attention(
+            q,
+            length,
+            dense,
+            coded,
+            key_codec if isinstance(key_codec, Affine) else None,
+            value_codec if isinstance(value_codec, Affine) else None,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+        )
+        return out if capacity is None else _spoilt(out, length > capacity)
     if isinstance(dense, RingKV):
         dense = dense.located(length)
     if capacity is not None:
-        overflow = (length > capacity)[:, None, None, None]
-        q = jnp.where(overflow, jnp.asarray(jnp.nan, q.dtype), q)
+        q = _spoilt(q, length > capacity)
     if implementation == "xla":
         return xla.decode_attention(
             q,
@@ -104,20 +131,29 @@ def decode_attention(
     )
 
 
-def _against_mosaic_gpu(q: Array, coded: CodedSegment | None, rope: Array | None) -> str | None:
-    """Returns why the kernel can't serve a call, or None if it can."""
+def _against(
+    name: Implementation, q: Array, coded: CodedSegment | None, rope: Array | None
+) -> str | None:
+    """Returns why a fused kernel can't serve a call, or None if it can."""
     if rope is not None:
         return "it reads keys as they are, not from before rotary embedding"
-    return mosaic_gpu.reason_against(q, coded)
+    kernel, *_ = _KERNELS[name]
+    return kernel.reason_against(q, coded)
 
 
 def _best(q: Array, coded: CodedSegment | None, rope: Array | None) -> tuple[Implementation, str]:
     """Returns the best implementation for a call and why."""
-    if not hopper.available():
-        return "xla", "there is no Hopper GPU"
-    if reason := _against_mosaic_gpu(q, coded, rope):
-        return "xla", f"of mosaic_gpu, {reason}"
-    return "mosaic_gpu", "it is the fastest on a Hopper GPU"
+    for name, (_, layout, machine) in _KERNELS.items():
+        if layout.available():
+            if reason := _against(name, q, coded, rope):
+                return "xla", f"of {name}, {reason}"
+            return name, f"it is the fastest on {machine}"
+    return "xla", "there is no Hopper GPU and no TPU"
+
+
+def _spoilt(x: Float[Array, "B T N H"], where: Bool[Array, " B"]) -> Float[Array, "B T N H"]:
+    """Returns x with NaN in some rows."""
+    return jnp.where(where[:, None, None, None], jnp.asarray(jnp.nan, x.dtype), x)
 
 
 def concatenate(*segments: KV) -> KV:

@@ -3,7 +3,8 @@
 
 A block is an array of the codes of its groups. In the plain layout, which takes any codec and runs
 on any machine, these are what the codec made of them; in the hopper layout (`hopper`) a group is
-ordered as the tensor cores of a GPU take it.
+ordered as the tensor cores of a GPU take it, in the tpu layout (`tpu`) all groups of a block are as
+the matrix unit of a TPU does.
 """
 
 import math
@@ -16,10 +17,10 @@ from jaxtyping import Array, Float, Int
 from kvq_jax.base import KV, CacheSpec, Code, CodedSegment
 from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.base import Codec
-from kvq_jax.kernels.decode_attention import hopper
+from kvq_jax.kernels.decode_attention import hopper, tpu
 from kvq_jax.rope import turn
 
-Layout = Literal["plain", "hopper"]
+Layout = Literal["plain", "hopper", "tpu"]
 
 BLOCK_SIZE = 1024
 """Most tokens of a block. Large enough to amortise a loop step, small enough for a CPU's L2."""
@@ -43,31 +44,46 @@ def init(
       num_tokens: tokens that a row can hold at the least.
       layout: None takes the best that can hold these codes on this machine.
     """
-    reason = hopper.reason_against(spec, key_codec, value_codec, group_size)
-    if layout == "hopper" and reason:
-        raise ValueError(f"the hopper layout can't hold these codes: {reason}")
+    reasons = {
+        module.__name__.rpartition(".")[2]: module.reason_against(
+            spec, key_codec, value_codec, group_size
+        )
+        for module in (hopper, tpu)
+    }
     if layout is None:
-        # What the kernel does not compute in is read faster from plain codes.
-        usable = hopper.available() and spec.dtype.itemsize == 2 and not reason
-        layout = "hopper" if usable else "plain"
-    # Groups come in whole units.
-    unit = max(1, hopper.UNIT // group_size) if layout == "hopper" else 1
+        # What the kernels do not compute in is read faster from plain codes.
+        layout = "plain"
+        if hopper.available() and spec.dtype.itemsize == 2 and not reasons["hopper"]:
+            layout = "hopper"
+        if tpu.available() and spec.dtype == jnp.bfloat16 and not reasons["tpu"]:
+            layout = "tpu"
+    if reason := reasons.get(layout):
+        raise ValueError(f"the {layout} layout can't hold these codes: {reason}")
+    # Groups come in whole units, these in blocks of the size that rounds their number up the least,
+    # large ones first.
+    if layout == "tpu":
+        unit = tpu.tile_tokens(spec.head_dim)
+        sizes = tpu.block_sizes(num_tokens, spec.head_dim)
+    else:
+        unit = hopper.UNIT if layout == "hopper" else group_size
+        most = max(1, BLOCK_SIZE // unit)
+        sizes = range(most, most // 2, -1)
+    unit = max(1, unit // group_size)
     num_units = math.ceil(num_tokens / group_size / unit)
-    most = max(1, BLOCK_SIZE // group_size // unit)
-    # The size of a block that rounds the number of groups up the least; large ones first.
-    units = min(range(most, most // 2, -1), key=lambda n: -num_units % n)
-    units = min(units, num_units)
-    blocks = math.ceil(num_units / max(units, 1))
-    lead = (spec.batch_size * blocks, spec.num_kv_heads, units * unit)
+    units = max(1, min(min(sizes, key=lambda n: -num_units % n), num_units))
+    blocks = math.ceil(num_units / units)
 
-    def codes(group: Array) -> tuple[Code, Code]:
-        codes = key_codec.encode(group), value_codec.encode(group)
-        return hopper.from_codes(*codes) if layout == "hopper" else codes
+    def codes(block: Array) -> tuple[Code, Code]:
+        codes = key_codec.encode(block), value_codec.encode(block)
+        if layout == "hopper":
+            return hopper.from_codes(*codes)
+        return tpu.from_codes(*codes) if layout == "tpu" else codes
 
-    shape = (spec.batch_size, spec.num_kv_heads, 1, group_size, spec.head_dim)
-    group = jax.ShapeDtypeStruct(shape, spec.dtype)
+    shape = (spec.batch_size, spec.num_kv_heads, units * unit, group_size, spec.head_dim)
+    block = jax.ShapeDtypeStruct(shape, spec.dtype)  # of each row: codecs may be fitted to them
     keys, values = jax.tree.map(
-        lambda x: jnp.zeros(lead + x.shape[3:], x.dtype), jax.eval_shape(codes, group)
+        lambda x: jnp.zeros((spec.batch_size * blocks, *x.shape[1:]), x.dtype),
+        jax.eval_shape(codes, block),
     )
     table = jnp.arange(spec.batch_size * blocks, dtype=jnp.int32)
     return CodedSegment(
@@ -80,6 +96,8 @@ def init(
 
 def block_size(coded: CodedSegment, group_size: int) -> int:
     """Returns the tokens of a block."""
+    if isinstance(coded.keys, tpu.TpuCode):
+        return coded.keys.num_tiles * tpu.tile_tokens(coded.keys.head_dim)
     return jax.tree.leaves(coded.keys)[0].shape[2] * group_size
 
 
@@ -99,13 +117,15 @@ def write_groups(
       group_size: tokens of a group.
       num_groups: groups to write, 0 to n.
     """
-    if isinstance(coded.keys, hopper.TileCode):
-        keys, values = hopper.from_codes(keys, values)
     num_heads, n = jax.tree.leaves(keys)[0].shape[1:3]
     num_blocks = coded.block_table.shape[1]
     per_block = max(1, block_size(coded, group_size) // group_size)
     first = coded.num_coded // group_size
     num_groups = jnp.minimum(num_groups, num_blocks * per_block - first)
+    if isinstance(coded.keys, tpu.TpuCode):
+        return tpu.write_groups(coded, keys, values, num_groups)
+    if isinstance(coded.keys, hopper.TileCode):
+        keys, values = hopper.from_codes(keys, values)
     offset = jnp.arange(n, dtype=jnp.int32)
     block, group = jnp.divmod(first[:, None] + offset, per_block)
     block = jnp.take_along_axis(coded.block_table, block, axis=1, mode="clip")
@@ -133,9 +153,10 @@ def read_blocks(
     code_k, code_v = jax.tree.map(
         lambda x: jnp.moveaxis(x[blocks], 2, 1), (coded.keys, coded.values)
     )  # [B, K, n, groups, ...]
-    if isinstance(code_k, hopper.TileCode):
+    if isinstance(code_k, hopper.TileCode | tpu.TpuCode):
         assert isinstance(key_codec, Affine) and isinstance(value_codec, Affine)
-        code_k, code_v = hopper.to_codes(code_k, code_v, key_codec, value_codec)
+        layout = hopper if isinstance(code_k, hopper.TileCode) else tpu
+        code_k, code_v = layout.to_codes(code_k, code_v, key_codec, value_codec)
     keys, values = key_codec.decode(code_k, dtype), value_codec.decode(code_v, dtype)
     batch, heads, *_, head_dim = keys.shape
     shape = (batch, heads, -1, head_dim)

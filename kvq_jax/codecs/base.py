@@ -35,9 +35,11 @@ class Part:
       fits: what there is to fit to: each row's "prompt", "texts" beforehand for all rows, or
         nothing.
       weighs: whether texts are to come with weights.
+      shares_heads: whether one thing is fitted to all heads of a row's prompt.
     """
 
     weighs: bool = False
+    shares_heads: bool = False
     fits: Literal["prompt", "texts"] | None = None
 
     def init(self, spec: CacheSpec) -> Params:

@@ -89,6 +89,7 @@ class BlockLinear(Frame):
     block: int
     params: Any = ()
     fits = "prompt"
+    shares_heads = True
 
     def init(self, spec: CacheSpec) -> Params:
         """Returns the matrices that change nothing."""

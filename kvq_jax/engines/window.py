@@ -17,9 +17,12 @@ from kvq_jax.engines.outliers import OutlierTracer, PoolState
 from kvq_jax.engines.segments import SegmentedCache, Segments
 from kvq_jax.kernels.decode_attention import plain
 from kvq_jax.kernels.decode_attention.plain import Layout
+from kvq_jax.kernels.decode_attention.tpu import SLOTS, TpuCode
 
 _TOKENS_AT_ONCE = 8192
 """Tokens of all rows and layers that are coded together: enough work for a GPU, little memory."""
+_TOKENS_AT_ONCE_ON_TPU = 1024
+"""A TPU, which starts operations for next to nothing, needs no more; so it takes less memory."""
 
 
 class Fitted(NamedTuple):
@@ -40,6 +43,8 @@ class Fitted(NamedTuple):
 
 class WindowState(NamedTuple):
     """The state of a `Window`; D = pool slots + W, W = residual_length + group_size.
+
+    For TPUs D is rounded up to whole registers by slots without a token between pools and window.
 
     Attributes:
       coded: the compressed past.
@@ -105,13 +110,12 @@ class Window(SegmentedCache):
         if self.residual_length < 0:
             raise ValueError(f"residual_length must be at least 0, got {self.residual_length}")
         if self.layout not in (None, *get_args(Layout)):
-            raise ValueError(f'layout must be "plain" or "hopper", got "{self.layout}"')
+            raise ValueError(f"layout must be one of {get_args(Layout)}, got {self.layout!r}")
         if self.pre_rope and self.key_frame != AS_GIVEN:
             raise ValueError("keys before rope can't be kept in a frame")
 
     def init(self, spec: CacheSpec, layer: int | None = None) -> WindowState:
         """Returns an empty cache; see `CacheTransform.init`."""
-        slots = (spec.batch_size, spec.num_kv_heads, self._pool_slots + self._window, spec.head_dim)
         fitted = Fitted(
             *(
                 Shared(part.init(spec)) if part.fits == "texts" else part.init(spec)
@@ -124,15 +128,20 @@ class Window(SegmentedCache):
                 raise ValueError("this cache turns keys itself: CacheSpec.rope must say how")
             rope = jnp.tile(jnp.asarray(spec.rope, jnp.float32), (spec.batch_size, 1))
         key_codec, value_codec, *_ = self._bind(fitted)
+        coded = plain.init(
+            spec,
+            key_codec,
+            value_codec,
+            self.group_size,
+            num_tokens=max(0, spec.capacity - self._window),
+            layout=self.layout,
+        )
+        num_slots = (self.tracer.num_slots if self.tracer else 0) + self._window
+        if isinstance(coded.keys, TpuCode):
+            num_slots = _divide(num_slots, SLOTS) * SLOTS
+        slots = (spec.batch_size, spec.num_kv_heads, num_slots, spec.head_dim)
         return WindowState(
-            coded=plain.init(
-                spec,
-                key_codec,
-                value_codec,
-                self.group_size,
-                num_tokens=max(0, spec.capacity - self._window),
-                layout=self.layout,
-            ),
+            coded=coded,
             keys=jnp.zeros(slots, spec.dtype),
             values=jnp.zeros(slots, spec.dtype),
             pool=self.tracer.init(spec, layer) if self.tracer else (),
@@ -178,6 +187,12 @@ class Window(SegmentedCache):
     def needs_weights(self) -> bool:
         """Whether a part that fits to texts wants squared gradients as weights."""
         return any(part.weighs for part in self._parts)
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether the heads of a row share outliers, or what is fitted to its prompt."""
+        shared = self.tracer is not None and self.tracer.share_heads
+        return shared or any(part.shares_heads for part in self._parts)
 
     def fitted_parts(self) -> list[str]:
         """Returns what of the method is fitted to texts, in words to compare by."""
@@ -234,16 +249,15 @@ class Window(SegmentedCache):
     def _window(self) -> int:
         return self.residual_length + self.group_size
 
-    @property
-    def _pool_slots(self) -> int:
-        return self.tracer.num_slots if self.tracer else 0
+    def _pool_slots(self, state: WindowState) -> int:
+        """Returns the slots before the ring: those of the pools, and maybe some unused ones."""
+        return state.keys.shape[2] - self._window
 
     def _dense(self, state: WindowState) -> RingKV:
         """Returns the dense slots and where their tokens are in the sequence."""
-        batch, num_heads = state.keys.shape[:2]
-        pool = jnp.zeros((batch, num_heads, 0), jnp.int32)
+        pool = jnp.full((*state.keys.shape[:2], self._pool_slots(state)), -1, jnp.int32)
         if isinstance(state.pool, PoolState):
-            pool = state.pool.positions
+            pool = jax.lax.dynamic_update_slice_in_dim(pool, state.pool.positions, 0, axis=2)
         return RingKV(state.keys, state.values, pool, state.coded.num_coded)
 
     def make_room(
@@ -328,7 +342,7 @@ class Window(SegmentedCache):
         positions = state.length[:, None] + index
         write = (index >= 0) & (index < new[:, None])
         write &= positions >= state.coded.num_coded[:, None]
-        slot = jnp.where(write, self._slot(positions), num_slots)  # such a write is dropped
+        slot = jnp.where(write, self._slot(state, positions), num_slots)  # such a write is dropped
         # Without the barrier XLA fuses the write once with the result and again with what reads
         # it, and so copies the whole ring, in every layer and step.
         keys, values = jax.lax.optimization_barrier(
@@ -339,9 +353,9 @@ class Window(SegmentedCache):
         )
         return state._replace(keys=keys, values=values, length=state.length + new)
 
-    def _slot(self, positions: Array) -> Array:
+    def _slot(self, state: WindowState, positions: Array) -> Array:
         """Returns the dense slots of tokens."""
-        return self._pool_slots + positions % self._window
+        return self._pool_slots(state) + positions % self._window
 
     def _code(
         self,
@@ -369,8 +383,10 @@ class Window(SegmentedCache):
             return _divide(jnp.maximum(excess, 0), self.group_size)
 
         size = len(new) * self.group_size
-        n = min(_divide(num_tokens, self.group_size), max(1, _TOKENS_AT_ONCE // size))
-        layers = max(1, _TOKENS_AT_ONCE // (n * size))
+        on_tpu = isinstance(states[0].coded.keys, TpuCode)
+        at_once = _TOKENS_AT_ONCE_ON_TPU if on_tpu else _TOKENS_AT_ONCE
+        n = min(_divide(num_tokens, self.group_size), max(1, at_once // size))
+        layers = max(1, at_once // (n * size))
         if jax.tree.leaves(states[0].fitted):
             layers = 1  # each is fitted to something else
 
@@ -399,7 +415,7 @@ class Window(SegmentedCache):
         keys, values = _join([self._oldest(state, n, k, v) for state in states])
         pools, mask = (), None
         if self.tracer:
-            slots = slice(self._pool_slots)
+            slots = slice(self.tracer.num_slots)
             pool, pool_keys, pool_values, start = _join(
                 [
                     (s.pool, s.keys[:, :, slots], s.values[:, :, slots], s.coded.num_coded)
@@ -425,7 +441,7 @@ class Window(SegmentedCache):
         index = positions - state.length[:, None]  # among the new tokens
 
         def gather(ring: Array, new: Array | None) -> Array:
-            tokens = ring[_every_head(self._slot(positions), num_heads)]
+            tokens = ring[_every_head(self._slot(state, positions), num_heads)]
             if new is not None and new.shape[1] > self.residual_length + 1:
                 is_new = (index >= 0)[:, None, :, None]
                 tokens = jnp.where(is_new, _take(new, index).swapaxes(1, 2), tokens)

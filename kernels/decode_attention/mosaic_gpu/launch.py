@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvq_jax.base import KV, CodedSegment, RingKV
 from kvq_jax.codecs.affine import Affine
-from kvq_jax.kernels.decode_attention import hopper
+from kvq_jax.kernels.decode_attention import hopper, layouts
 from kvq_jax.kernels.decode_attention.block_sizes import BlockSizes, choose
 from kvq_jax.kernels.decode_attention.mosaic_gpu import program, warp
 from kvq_jax.kernels.decode_attention.mosaic_gpu.problem import Memory, Problem
@@ -29,8 +29,8 @@ def reason_against(q: Float[Array, "B T N H"], coded: CodedSegment | None) -> st
         return f"it computes in {' or '.join(DTYPES)}, not {q.dtype}"
     if q.shape[1] > MAX_TOKENS:
         return f"it takes up to {MAX_TOKENS} tokens at a time, not {q.shape[1]}"
-    if q.shape[3] not in hopper.HEAD_DIMS:
-        return f"head_dim must be one of {hopper.HEAD_DIMS}, not {q.shape[3]}"
+    if q.shape[3] not in layouts.HEAD_DIMS:
+        return f"head_dim must be one of {layouts.HEAD_DIMS}, not {q.shape[3]}"
     if coded is not None and not isinstance(coded.keys, hopper.TileCode):
         return 'the codes are not in the "hopper" layout'
     return None
