@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from kvq_jax import aot
@@ -55,6 +56,33 @@ def sharded_matmul(x, y):
     return jax.shard_map(
         lambda x, y: jax.lax.psum(x @ y, "tp"), in_specs=(columns, rows), out_specs=PartitionSpec()
     )(x, y)
+
+
+def double(x):
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    block = pl.BlockSpec((256, 1024), lambda i: (i, 0))
+    return pl.pallas_call(
+        kernel,
+        grid=(x.shape[0] // 256,),
+        in_specs=[block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        name="double",
+    )(x)
+
+
+def test_cycles_are_foretold():
+    x, y = (jax.ShapeDtypeStruct((n, 1024), jnp.float32) for n in (1024, 8192))
+    short, long = (aot.simulate("v5e", double, z, kernel="double") for z in (x, y))
+    # Each step loads, multiplies and stores 256 registers; the loop is one program.
+    assert short.bundles == long.bundles > 256
+    assert short.uses["VALU"] >= 256 and short.capacity["VALU"] == 4
+    steps = 8192 // 256 - 1024 // 256
+    assert 256 < (long.cycles - short.cycles) / steps < 10_000
+    with pytest.raises(ValueError, match="0 kernels of the name 'triple'"):
+        aot.simulate("v5e", double, x, kernel="triple")
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])

@@ -35,12 +35,15 @@ class Part:
       fits: what there is to fit to: each row's "prompt", "texts" beforehand for all rows, or
         nothing.
       weighs: whether texts are to come with weights.
-      shares_heads: whether one thing is fitted to all heads of a row's prompt.
     """
 
     weighs: bool = False
-    shares_heads: bool = False
     fits: Literal["prompt", "texts"] | None = None
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether one thing is fitted to all heads together, so that they can't be parted."""
+        return False
 
     def init(self, spec: CacheSpec) -> Params:
         """Returns what the part is in an empty cache.

@@ -89,7 +89,11 @@ class BlockLinear(Frame):
     block: int
     params: Any = ()
     fits = "prompt"
-    shares_heads = True
+
+    @property
+    def shares_heads(self) -> bool:
+        """Is true; see `Part`."""
+        return True
 
     def init(self, spec: CacheSpec) -> Params:
         """Returns the matrices that change nothing."""

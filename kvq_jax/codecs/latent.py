@@ -46,6 +46,11 @@ class Latent(Codec):
             raise ValueError(f"some band must have bits, got {self.bits}")
         self._codecs()
 
+    @property
+    def shares_heads(self) -> bool:
+        """Whether heads are joined; see `Part`."""
+        return self.joint
+
     def init(self, spec: CacheSpec) -> Params:
         """Returns the basis that changes nothing, of prompts; or NaN, of texts."""
         if spec.head_dim % len(self.bits):

@@ -21,8 +21,6 @@ from kvq_jax.kernels.decode_attention.tpu import SLOTS, TpuCode
 
 _TOKENS_AT_ONCE = 8192
 """Tokens of all rows and layers that are coded together: enough work for a GPU, little memory."""
-_TOKENS_AT_ONCE_ON_TPU = 1024
-"""A TPU, which starts operations for next to nothing, needs no more; so it takes less memory."""
 
 
 class Fitted(NamedTuple):
@@ -190,7 +188,7 @@ class Window(SegmentedCache):
 
     @property
     def shares_heads(self) -> bool:
-        """Whether the heads of a row share outliers, or what is fitted to its prompt."""
+        """Whether heads share outliers, or what a part is fitted to."""
         shared = self.tracer is not None and self.tracer.share_heads
         return shared or any(part.shares_heads for part in self._parts)
 
@@ -383,10 +381,8 @@ class Window(SegmentedCache):
             return _divide(jnp.maximum(excess, 0), self.group_size)
 
         size = len(new) * self.group_size
-        on_tpu = isinstance(states[0].coded.keys, TpuCode)
-        at_once = _TOKENS_AT_ONCE_ON_TPU if on_tpu else _TOKENS_AT_ONCE
-        n = min(_divide(num_tokens, self.group_size), max(1, at_once // size))
-        layers = max(1, at_once // (n * size))
+        n = min(_divide(num_tokens, self.group_size), max(1, _TOKENS_AT_ONCE // size))
+        layers = max(1, _TOKENS_AT_ONCE // (n * size))
         if jax.tree.leaves(states[0].fitted):
             layers = 1  # each is fitted to something else
 

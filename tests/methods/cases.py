@@ -53,6 +53,7 @@ class Case(NamedTuple):
     nbytes: Callable[[kvq.CacheSpec, int, int, int, int], float]
     shapes: tuple[str, ...] = ("gqa",)
     worst: float = 12 / 255  # affine codes of a range of up to 12
+    worst_output: float = 0.05
 
 
 GROUP, RESIDUAL = 32, 16

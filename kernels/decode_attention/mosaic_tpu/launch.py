@@ -21,7 +21,7 @@ DENSE_BLOCK = 1024
 STEP_BYTES = 5 * 2**20
 """That a step reads at the most, if not of a single head: twice as much has room beside the rest in
 the memory of every chip."""
-TILES_AT_ONCE = 256
+TILES_AT_ONCE = 128
 """Tiles of all heads of a step that are computed together: the program is as long."""
 
 
