@@ -25,8 +25,10 @@ import jax.numpy as jnp
 
 import kvq_jax as kvq
 from kvq_jax import measure
-from kvq_jax.base import Implementation
+from kvq_jax.base import Implementation, Params
 from kvq_jax.codecs import Affine, Table, symmetric
+from kvq_jax.codecs.base import Sample
+from kvq_jax.codecs.nonuniform import Nonuniform
 from kvq_jax.codecs.tiled import WHOLE_HEAD
 from kvq_jax.methods.dense import Dense, DenseState
 
@@ -208,10 +210,24 @@ def at_4096() -> dict[str, kvq.CacheTransform]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Even(Nonuniform):
+    """What KVQuant's learned levels must beat: evenly spaced ones, all else being the same."""
+
+    weighs: bool = False
+
+    def fit(self, sample: Sample) -> Params:
+        """Returns even levels, and the ranges."""
+        levels, *ranges = super().fit(sample)
+        return jnp.linspace(-1, 1, levels.size)[None], *ranges
+
+
 def of_papers() -> dict[str, kvq.CacheTransform]:
     """Every other method, each beside what it must beat (most tokens coded, small groups)."""
     window, none = {"group_size": 32, "residual_length": 32}, {"group_size": 32}
     absmax = Table(4, (1, WHOLE_HEAD), levels=symmetric(4))
+    learned = kvq.kvquant(bits=2, **none)
+    even = dataclasses.replace(learned, key_codec=Even(2, "channel"), value_codec=Even(2, "token"))
     return {
         "kivi g32 r32": kvq.kivi(**window),
         "tokennorm g32 r32": kvq.tokennorm(**window),
@@ -226,7 +242,8 @@ def of_papers() -> dict[str, kvq.CacheTransform]:
         "decoquant 4-bit": kvq.decoquant(**none),
         "turboquant 4-bit": kvq.turboquant(**none),
         "turboquant 2-bit": kvq.turboquant(bits=2, **none),
-        "kvquant 2-bit": kvq.kvquant(bits=2, **none),
+        "kvquant 2-bit": learned,
+        "kvquant 2-bit, even levels": even,
         "kvquant 2-bit, no outliers": kvq.kvquant(bits=2, outliers=0.0, num_sinks=0, **none),
         "kvquant 3-bit": kvq.kvquant(bits=3, **none),
         "cq 4c8b": kvq.cq(channels=4, bits=8, **none),

@@ -40,9 +40,7 @@ class Sharded(CacheTransform):
         if isinstance(self.method, Layered):
             raise ValueError("share out the methods of the layers, not all of them together")
         if isinstance(self.method, Window) and self.method.shares_heads:
-            raise ValueError(
-                "heads that share outliers or what is fitted can't be on different devices"
-            )
+            raise ValueError("heads that share outliers or a fit can't be on different devices")
         object.__setattr__(self, "pre_rope", self.method.pre_rope)
 
     @property

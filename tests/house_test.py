@@ -24,6 +24,7 @@ ALLOWED["packing"] = {"packing"}
 ALLOWED["sums"] = {"sums"}
 ALLOWED["rope"] = {"rope"}
 ALLOWED["rows"] = {"base", "rows"}
+ALLOWED["sharding"] = {"base", "engines", "sharding"}
 ALLOWED["models"] = {"base", "rope", "models"}
 ALLOWED["sampling"] = {"sampling"}
 ALLOWED["aot"] = {"aot"}

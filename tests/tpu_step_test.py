@@ -11,7 +11,6 @@ import kvq_jax as kvq
 from kvq_jax import fits
 from kvq_jax.models.shapes import SHAPES
 
-
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="libtpu is for x86-64 Linux"
 )

@@ -18,6 +18,7 @@ METHODS = {
     "ott": kvq.ott(group_size=32, residual_length=16),
     "kivi-K4V2": kvq.kivi(bits=4, value_bits=2, group_size=64, residual_length=32),
     "kivi-g128": kvq.kivi(bits=8, group_size=128, value_group_size=32, residual_length=0),
+    "squat": kvq.squat(group_size=32, residual_length=16),
 }
 
 

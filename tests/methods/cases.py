@@ -46,12 +46,16 @@ class Case(NamedTuple):
       nbytes: bytes of a state from the spec, bits, and the coded slots and blocks of a row, as
         the method's docstring has it.
       shapes: to run it on; one does for those that differ from others in policy or codec alone.
-      worst: largest error of one number of `contract_test.tokens` in 8 bits.
+      codec_only: whether it differs from another case in the codecs alone: then `calls_test.py`
+        would say nothing new.
+      worst: largest error of one number of `contract.tokens` in 8 bits.
+      worst_output: largest error of attention in 8 bits.
     """
 
     make: Callable[[int, int], kvq.CacheTransform]
     nbytes: Callable[[kvq.CacheSpec, int, int, int, int], float]
     shapes: tuple[str, ...] = ("gqa",)
+    codec_only: bool = False
     worst: float = 12 / 255  # affine codes of a range of up to 12
     worst_output: float = 0.05
 
@@ -169,14 +173,14 @@ CASES = {
     "ott-tight": Case(coded_with(kvq.ott, num_outliers=4, num_auxiliary=3), pool_nbytes(4, 3)),
     "sink": Case(coded_with(kvq.sink), pool_nbytes(4, 0)),
     # Levels are sparse where numbers are rare.
-    "nqkv": Case(coded_with(kvq.nqkv), token_nbytes, worst=0.1),
-    "turboquant": Case(coded_with(kvq.turboquant), token_nbytes, worst=0.6),
-    "tokennorm": Case(coded_with(kvq.tokennorm), factor_nbytes(False), ("gqa", "bf16")),
-    "kvarn": Case(coded_with(kvq.kvarn), factor_nbytes(True)),
+    "nqkv": Case(coded_with(kvq.nqkv), token_nbytes, codec_only=True, worst=0.1),
+    "turboquant": Case(coded_with(kvq.turboquant), token_nbytes, codec_only=True, worst=0.6),
+    "tokennorm": Case(coded_with(kvq.tokennorm), factor_nbytes(False), codec_only=True),
+    "kvarn": Case(coded_with(kvq.kvarn), factor_nbytes(True), codec_only=True),
     "decoquant": Case(coded_with(kvq.decoquant), decoquant_nbytes),
     "squat": Case(coded_with(kvq.squat), squat_nbytes),
-    # Of one pair of widths; what of several: tests/engines/layered_test.py
-    "adaquant": Case(coded_with(kvq.adaquant), kivi_nbytes),
+    # Of one pair of widths it is KIVI; of several: tests/engines/layered_test.py
+    "adaquant": Case(coded_with(kvq.adaquant), kivi_nbytes, (), codec_only=True),
     "svdq": Case(
         lambda bits, value_bits: kvq.svdq(
             schedule=SCHEDULES[bits],
@@ -195,6 +199,7 @@ CASES = {
             residual_length=RESIDUAL,
         ),
         cq_nbytes,
+        codec_only=True,  # beside KVQuant
         worst=1.5,
     ),
     "kvquant": Case(coded_with(kvq.kvquant), kvquant_nbytes, worst=1.5),
