@@ -155,8 +155,10 @@ def read_blocks(
     )  # [B, K, n, groups, ...]
     if isinstance(code_k, hopper.TileCode | tpu.TpuCode):
         assert isinstance(key_codec, Affine) and isinstance(value_codec, Affine)
-        layout = hopper if isinstance(code_k, hopper.TileCode) else tpu
-        code_k, code_v = layout.to_codes(code_k, code_v, key_codec, value_codec)
+        if isinstance(code_k, hopper.TileCode):
+            code_k, code_v = hopper.to_codes(code_k, code_v, key_codec, value_codec)
+        else:
+            code_k, code_v = tpu.to_codes(code_k, code_v, key_codec, value_codec)
     keys, values = key_codec.decode(code_k, dtype), value_codec.decode(code_v, dtype)
     batch, heads, *_, head_dim = keys.shape
     shape = (batch, heads, -1, head_dim)

@@ -205,7 +205,7 @@ def write_groups(
         return rows.at[which, head, row].set(new, mode="drop")
 
     new, masks = (
-        (_keys(*x, group_size), _values(*y))
+        (_keys(*x, group_size=group_size), _values(*y))
         for x, y in (
             jax.tree.map(place, (_integers(keys), _integers(values))),
             jax.tree.map(ones, (_integers(keys), _integers(values))),
