@@ -153,11 +153,10 @@ def read_blocks(
     code_k, code_v = jax.tree.map(
         lambda x: jnp.moveaxis(x[blocks], 2, 1), (coded.keys, coded.values)
     )  # [B, K, n, groups, ...]
-    if isinstance(code_k, hopper.TileCode | tpu.TpuCode):
-        assert isinstance(key_codec, Affine) and isinstance(value_codec, Affine)
+    if isinstance(key_codec, Affine) and isinstance(value_codec, Affine):
         if isinstance(code_k, hopper.TileCode):
             code_k, code_v = hopper.to_codes(code_k, code_v, key_codec, value_codec)
-        else:
+        elif isinstance(code_k, tpu.TpuCode):
             code_k, code_v = tpu.to_codes(code_k, code_v, key_codec, value_codec)
     keys, values = key_codec.decode(code_k, dtype), value_codec.decode(code_v, dtype)
     batch, heads, *_, head_dim = keys.shape

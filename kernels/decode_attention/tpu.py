@@ -204,13 +204,11 @@ def write_groups(
             new = (rows.at[which, head, row].get(mode="clip") & ~mask) | new & mask
         return rows.at[which, head, row].set(new, mode="drop")
 
-    new, masks = (
-        (_keys(*x, group_size=group_size), _values(*y))
-        for x, y in (
-            jax.tree.map(place, (_integers(keys), _integers(values))),
-            jax.tree.map(ones, (_integers(keys), _integers(values))),
-        )
-    )
+    def arrange(change):
+        of_keys, of_values = jax.tree.map(change, (_integers(keys), _integers(values)))
+        return _keys(*of_keys, group_size=group_size), _values(*of_values)
+
+    new, masks = arrange(place), arrange(ones)
     return coded._replace(
         keys=write(coded.keys, new[0], masks[0]),
         values=write(coded.values, new[1], masks[1]),

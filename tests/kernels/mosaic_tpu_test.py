@@ -107,6 +107,9 @@ def test_a_cache_without_codes():
     case = bf16(coded=(0, 0, 0))
     data = make(case)._replace(coded=None)
     assert fits(attend(case, data, None), expect(case, data, data.whole))
+    data = make(dataclasses.replace(case, head_dim=64))
+    with pytest.raises(NotImplementedError, match="heads of 64 channels without codes"):
+        attend(case, data, None)
 
 
 def test_dense_slots_of_several_blocks(monkeypatch):
@@ -195,7 +198,7 @@ MATRIX = [
     ((2, 2), 256, 2, 1, 128, 128),
     ((8, 2), 256, 8, 4, 64, 256),
     (None, 128, 4, 1, 128, 128),
-    (None, 64, 1, 8, 128, 128),
+    (None, 256, 1, 8, 128, 128),
 ]
 NUM_KV_HEADS, CAPACITY, DENSE_SLOTS = 2, 2048, 208
 
@@ -245,13 +248,14 @@ def shapes():
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="libtpu is for x86-64 Linux"
 )
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", aot.CHIPS)
 def test_compiles_without_a_copy(chip):
     compiled = aot.compile_for(chip, every_launch, shapes())
     assert compiled.hlo.count('custom_call_target="tpu_custom_call"') == len(MATRIX)
     # Codes and dense slots are read where they lie.
     smallest = 2 * BATCH * NUM_KV_HEADS * CAPACITY // 2 * 64 * 2 // 8
-    assert compiled.temp_bytes < smallest
+    if chip != "v5p":  # whose two cores have scratch memory there
+        assert compiled.temp_bytes < smallest
 
 
 def test_dispatch_says_why(caplog):

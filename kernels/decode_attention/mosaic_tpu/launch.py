@@ -33,6 +33,8 @@ def reason_against(q: Float[Array, "B T N H"], coded: CodedSegment | None) -> st
         return f"it takes up to {MAX_TOKENS} tokens at a time, not {q.shape[1]}"
     if q.shape[3] not in layouts.HEAD_DIMS:
         return f"head_dim must be one of {layouts.HEAD_DIMS}, not {q.shape[3]}"
+    if coded is None and q.shape[3] < tpu.LANES:
+        return f"heads of {q.shape[3]} channels without codes would be copied to where it reads"
     if coded is not None and not isinstance(coded.keys, tpu.TpuCode):
         return 'the codes are not in the "tpu" layout'
     return None
