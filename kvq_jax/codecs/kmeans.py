@@ -26,8 +26,9 @@ def kmeans(
 
     def draw(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         centroids, distance = carry
-        logits = jnp.log(weights) + jnp.log(distance)
-        new = points[jax.random.categorical(jax.random.fold_in(jax.random.key(0), i), logits)]
+        mass = jnp.cumsum(weights * distance)  # one random number a draw, not one for each point
+        at = mass[-1] * jax.random.uniform(jax.random.fold_in(jax.random.key(0), i))
+        new = jnp.take(points, jnp.searchsorted(mass, at, side="right"), axis=0, mode="clip")
         distance = jnp.minimum(distance, jnp.square(points - new).sum(-1))
         return centroids.at[i].set(new), distance
 
