@@ -34,9 +34,11 @@ def kmeans(
 
     def move(_, centroids: Array) -> Array:
         cross = jnp.einsum("nc,kc->nk", points, centroids, precision="highest")
-        nearest = (jnp.square(centroids).sum(-1) - 2 * cross).argmin(-1)
-        mass = jnp.zeros(num_centroids).at[nearest].add(weights)
-        total = jnp.zeros_like(centroids).at[nearest].add(weights[:, None] * points)
+        distance = jnp.square(centroids).sum(-1) - 2 * cross
+        # Sums as products of matrices: of the ten times slower argmin and scatter only ties differ.
+        nearest = distance == distance.min(-1, keepdims=True)
+        share = jnp.where(nearest, weights[:, None], 0)
+        mass, total = share.sum(0), jnp.einsum("nk,nc->kc", share, points, precision="highest")
         return jnp.where(mass[:, None] > 0, total / jnp.maximum(mass, 1e-30)[:, None], centroids)
 
     start = jnp.zeros((num_centroids, points.shape[1])), jnp.ones(len(points))
