@@ -42,9 +42,13 @@ def init(method, spec):
 
 @functools.cache
 def params(method, num_kv_heads, head_dim):
-    """What `kvq_jax.calibrate` would make of random tokens, for one layer."""
+    """What `kvq_jax.calibrate` would make of random tokens, for one layer.
+
+    Of as many as it takes by default: of 2048, eight to each of CQ's 256 centroids, numbers of a
+    test lie up to 1.3 beyond all centroids, and attention is off by up to 7%, not 2.3%.
+    """
     shape = Shape(1, num_kv_heads, num_kv_heads, head_dim, jnp.float32)
-    k, v, _ = tokens(shape, jax.random.key(1), 2048)
+    k, v, _ = tokens(shape, jax.random.key(1), 8192)
     mask = jnp.ones(k.shape[:2], bool)
     return method.calibrate(Sample(k, mask), Sample(v, mask))
 
