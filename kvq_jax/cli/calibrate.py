@@ -27,7 +27,7 @@ def calibrate(
 ) -> None:
     """Fit methods to the keys and values that a text has in a model.
 
-    For eval and generate with --calibrations. It takes minutes for each method.
+    For eval, generate and chat with --calibrations. It takes minutes for each method.
     """
     names = [name.strip() for name in methods.split(",")]
     caches = options.make_methods(names, bits=bits, value_bits=value_bits)

@@ -47,7 +47,9 @@ def test_json_says_what_measure_says(kvq, tiny, text_file):
     assert coded["perplexity"] == pytest.approx(expected.perplexity)
 
 
-def test_methods_that_need_texts_get_what_calibrate_wrote(kvq, tiny, text_file, tmp_path):
+def test_methods_that_need_texts_get_what_calibrate_wrote(
+    kvq, tiny, text_file, tmp_path, monkeypatch
+):
     sizes = ("--model", tiny, "--context", 97, "--windows", 2)
     wrong = kvq("eval", text_file, "--methods", "svdq,cq", *sizes, "--skip", 40)
     assert wrong.code == 2 and "cq must be fitted to a text" in wrong.err
@@ -58,8 +60,14 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(kvq, tiny, text_file, 
     result = kvq("eval", text_file, *options, *sizes, "--skip", 40)
     assert result.code == 0, result.err
     assert 0 < json.loads(result.out)[0]["kl"] < 1
-    text = kvq("generate", "abc", "--model", tiny, "--method", "cq", *options[2:])
-    assert text.code == 0, text.err
+    options = ("--model", tiny, "--method", "cq", *options[2:-1], "--max-new-tokens", 6)
+    made = kvq("generate", "abc", "--chat", *options, "--json")
+    assert made.code == 0, made.err
+    for given, code in ((options, 0), (options[:4], 2)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n"))
+        said = kvq("chat", *given)
+        assert said.code == code, said.err
+        assert said.out == (f"{json.loads(made.out)['text']}\n\n" if code == 0 else "")
 
 
 def test_table_gzip_and_stdin(kvq, tiny, text_file, tmp_path, monkeypatch):
