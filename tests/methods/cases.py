@@ -57,6 +57,15 @@ class Case(NamedTuple):
     codec_only: bool = False
     worst: float = 12 / 255  # affine codes of a range of up to 12
 
+    @property
+    def is_policy(self) -> bool:
+        """Whether it has rules of its own for which tokens are coded, and when.
+
+        What is fitted to prompts or texts does not change them.
+        """
+        method = self.make(2, 2)
+        return not (self.codec_only or method.needs_prompt or method.needs_texts)
+
 
 GROUP, RESIDUAL = 32, 16
 
@@ -176,7 +185,7 @@ CASES = {
     "tokennorm": Case(coded_with(kvq.tokennorm), factor_nbytes(False), codec_only=True),
     "kvarn": Case(coded_with(kvq.kvarn), factor_nbytes(True), codec_only=True),
     "decoquant": Case(coded_with(kvq.decoquant), decoquant_nbytes),
-    "squat": Case(coded_with(kvq.squat), squat_nbytes),
+    "squat": Case(coded_with(kvq.squat), squat_nbytes, codec_only=True),
     # Of one pair of widths it is KIVI; of several: tests/engines/layered_test.py
     "adaquant": Case(coded_with(kvq.adaquant), kivi_nbytes, (), codec_only=True),
     "svdq": Case(
@@ -187,6 +196,7 @@ CASES = {
             residual_length=RESIDUAL,
         ),
         svdq_nbytes,
+        codec_only=True,
     ),
     "cq": Case(
         lambda bits, value_bits: kvq.cq(
@@ -197,7 +207,7 @@ CASES = {
             residual_length=RESIDUAL,
         ),
         cq_nbytes,
-        codec_only=True,  # beside KVQuant
+        codec_only=True,
         worst=1.5,
     ),
     "kvquant": Case(coded_with(kvq.kvquant), kvquant_nbytes, worst=1.5),
