@@ -102,7 +102,7 @@ def test_progress_counts_up(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--methods", "dense,foo"), "unknown method 'foo': choose from cq, decoquant, dense"),
+        (("--methods", "dense,foo"), "unknown method 'foo': choose from adaquant, cq, "),
         (("--methods", "dense,kivi", "--num-outliers", 3), "dense, kivi do not take --num-outli"),
         (("--bits", 16), "bits must be one of (1, 2, 3, 4, 5, 6, 7, 8), got 16"),
         (("--context", 129), "--skip 128 leaves nothing to score of --context 129"),
