@@ -25,8 +25,11 @@ import jax.numpy as jnp
 
 import kvq_jax as kvq
 from kvq_jax import measure
-from kvq_jax.base import Implementation
-from kvq_jax.codecs import Affine
+from kvq_jax.base import Implementation, Params
+from kvq_jax.codecs import Affine, Table, symmetric
+from kvq_jax.codecs.base import Sample
+from kvq_jax.codecs.nonuniform import Nonuniform
+from kvq_jax.codecs.tiled import WHOLE_HEAD
 from kvq_jax.methods.dense import Dense, DenseState
 
 PEERS = {"group_size": 32, "residual_length": 128}
@@ -50,7 +53,9 @@ def main():
             methods = {k: v for k, v in methods.items() if options.match in k}
             windows = measure.consecutive_windows(tokens, context, num_windows)
             start = time.perf_counter()
-            for setting, quality in measure.evaluate_each(model.decoder, windows, methods):
+            params = fit(model, tokens, methods)
+            each = measure.evaluate_each(model.decoder, windows, methods, params=params)
+            for setting, quality in each:
                 done = time.perf_counter() - start
                 row = {"text": path.name, "suite": name, "setting": setting}
                 row |= dataclasses.asdict(quality)
@@ -68,6 +73,16 @@ def main():
                 )
                 if options.json:
                     write(options.json, rows)
+
+
+def fit(model, tokens: list[int], methods: dict[str, kvq.CacheTransform]) -> dict:
+    """Fits what is fitted to texts to the end of the text, of which no window is measured."""
+    tail = measure.consecutive_windows(tokens[-16 * 512 :], 512, 16)
+    return {
+        setting: kvq.calibrate(model, tail, method).params
+        for setting, method in methods.items()
+        if method.needs_texts
+    }
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -195,7 +210,54 @@ def at_4096() -> dict[str, kvq.CacheTransform]:
     }
 
 
-SUITES = {"1024": (1024, 6, at_1024()), "4096": (4096, 2, at_4096())}
+@dataclasses.dataclass(frozen=True)
+class Even(Nonuniform):
+    """What KVQuant's learned levels must beat: evenly spaced ones, all else being the same."""
+
+    weighs: bool = False
+
+    def fit(self, sample: Sample) -> Params:
+        """Returns even levels, and the ranges."""
+        levels, *ranges = super().fit(sample)
+        return jnp.linspace(-1, 1, levels.size)[None], *ranges
+
+
+def of_papers() -> dict[str, kvq.CacheTransform]:
+    """Every other method, each beside what it must beat (most tokens coded, small groups)."""
+    window, none = {"group_size": 32, "residual_length": 32}, {"group_size": 32}
+    absmax = Table(4, (1, WHOLE_HEAD), levels=symmetric(4))
+    learned = kvq.kvquant(bits=2, **none)
+    even = dataclasses.replace(learned, key_codec=Even(2, "channel"), value_codec=Even(2, "token"))
+    return {
+        "kivi g32 r32": kvq.kivi(**window),
+        "tokennorm g32 r32": kvq.tokennorm(**window),
+        "tokennorm g32 r32, traced": kvq.tokennorm(**window, tracer=kvq.OutlierTracer(score="l2")),
+        "kvarn 2-bit g32 r32": kvq.kvarn(bits=2, value_bits=2, **window),
+        "squat g32 r32": kvq.squat(**window),
+        "kivi k3v8 g32 r32": kvq.kivi(bits=3, value_bits=8, **window),
+        "svdq 2-bit g32 r32": kvq.svdq(**window),
+        "svdq 2-bit g32 r32, texts": kvq.svdq(fits="texts", **window),
+        "absmax 4-bit": kvq.Window(absmax, absmax, group_size=32, residual_length=0),
+        "nqkv 4-bit": kvq.nqkv(**none),
+        "decoquant 4-bit": kvq.decoquant(**none),
+        "turboquant 4-bit": kvq.turboquant(**none),
+        "turboquant 2-bit": kvq.turboquant(bits=2, **none),
+        "kvquant 2-bit": learned,
+        "kvquant 2-bit, even levels": even,
+        "kvquant 2-bit, no outliers": kvq.kvquant(bits=2, outliers=0.0, num_sinks=0, **none),
+        "kvquant 3-bit": kvq.kvquant(bits=3, **none),
+        "cq 4c8b": kvq.cq(channels=4, bits=8, **none),
+        "cq 2c4b": kvq.cq(channels=2, bits=4, **none),
+        "cq 1c2b": kvq.cq(channels=1, bits=2, **none),
+        "cq 8c8b": kvq.cq(channels=8, bits=8, **none),
+    }
+
+
+SUITES = {
+    "1024": (1024, 6, at_1024()),
+    "4096": (4096, 2, at_4096()),
+    "papers": (1024, 6, of_papers()),
+}
 
 if __name__ == "__main__":
     main()

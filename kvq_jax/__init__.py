@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV-cache quantization for JAX.
 
-The core needs jax and numpy. `models`, `generate` and `Sampling` bring Flax in and are imported
-when they are first used.
+The core needs jax and numpy. `models`, `generate`, `calibrate` and `Sampling` bring Flax in and are
+imported when they are first used.
 """
 
 import importlib
@@ -18,12 +18,28 @@ from kvq_jax.base import (
 )
 from kvq_jax.engines import OutlierTracer, Window
 from kvq_jax.kernels.decode_attention import decode_attention
-from kvq_jax.methods import dense, kivi, ott, sink
+from kvq_jax.methods import (
+    adaquant,
+    cq,
+    decoquant,
+    dense,
+    kivi,
+    kvarn,
+    kvquant,
+    nqkv,
+    ott,
+    sink,
+    squat,
+    svdq,
+    tokennorm,
+    turboquant,
+)
 from kvq_jax.rows import insert_row, select_rows
 from kvq_jax.sharding import Sharded
 
 if TYPE_CHECKING:
     from kvq_jax import models
+    from kvq_jax.calibration import Calibration, calibrate, load_calibration, save_calibration
     from kvq_jax.generation import Generation, generate
     from kvq_jax.sampling import Sampling
 
@@ -31,27 +47,45 @@ __all__ = [
     "KV",
     "CacheSpec",
     "CacheTransform",
+    "Calibration",
     "CodedSegment",
     "Generation",
     "OutlierTracer",
     "Sampling",
     "Sharded",
     "Window",
+    "adaquant",
+    "calibrate",
+    "cq",
     "decode_attention",
+    "decoquant",
     "dense",
     "generate",
     "insert_row",
     "kivi",
+    "kvarn",
+    "kvquant",
+    "load_calibration",
     "models",
     "nbytes",
     "nbytes_by_part",
+    "nqkv",
     "ott",
+    "save_calibration",
     "select_rows",
     "sink",
+    "squat",
+    "svdq",
+    "tokennorm",
+    "turboquant",
 ]
 
 _LAZY = {
     "models": "kvq_jax.models",
+    "calibrate": "kvq_jax.calibration",
+    "load_calibration": "kvq_jax.calibration",
+    "save_calibration": "kvq_jax.calibration",
+    "Calibration": "kvq_jax.calibration",
     "generate": "kvq_jax.generation",
     "Generation": "kvq_jax.generation",
     "Sampling": "kvq_jax.sampling",

@@ -22,6 +22,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+Params = Any
+"""A pytree of what a part of a method is fitted to; leading axis B, or 1 in a `Shared`."""
+
 State = Any
 """One layer's cache: a NamedTuple pytree with a field `length: int32[B]`."""
 
@@ -43,6 +46,8 @@ class CacheSpec:
         blocks; `CacheTransform.capacity` tells what a state really holds.
       head_dim: H.
       dtype: of keys, values and of what the cache keeps in full precision.
+      rope: radians per token of each of the H/2 pairs of channels, by which a cache that is
+        given keys before rotary embedding turns them.
     """
 
     batch_size: int
@@ -50,6 +55,7 @@ class CacheSpec:
     capacity: int
     head_dim: int
     dtype: Any = jnp.bfloat16
+    rope: tuple[float, ...] | None = None
 
     def __post_init__(self):
         for name in ("batch_size", "num_kv_heads", "capacity", "head_dim"):
@@ -60,6 +66,16 @@ class CacheSpec:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"CacheSpec: dtype must be a floating point type, got {dtype}")
         object.__setattr__(self, "dtype", dtype)
+        if self.rope is not None and 2 * len(self.rope) != self.head_dim:
+            raise ValueError(
+                f"CacheSpec: rope must be of {self.head_dim // 2} pairs, got {len(self.rope)}"
+            )
+
+
+class Shared(NamedTuple):
+    """What all rows of a state share: arrays whose leading axis is 1, not B."""
+
+    value: Any
 
 
 class KV(NamedTuple):
@@ -142,7 +158,7 @@ class CacheTransform(abc.ABC):
 
     - `attend(state, q)` equals dense attention over `read(state)`;
     - the state depends on the tokens, not on how they were cut into calls (but for what unused
-      slots hold);
+      slots hold, and for methods that need a prompt: what is fitted to one depends on it);
     - rows of the batch don't influence each other;
     - structure, shapes and dtypes of the state never change.
 
@@ -151,7 +167,39 @@ class CacheTransform(abc.ABC):
     beyond the capacity raise `ValueError` too. Under `jax.jit` neither is silent: a NaN or Inf
     spreads to the row's output, and a row that was given more tokens than it holds attends to
     NaN from then on.
+
+    Attributes:
+      pre_rope: whether keys are to be given before rotary embedding, and the spec with `rope`. The
+        cache turns them when it reads them, each to its position in the sequence.
     """
+
+    pre_rope: bool = False
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether something is fitted to each row's prompt by `prefill`, and kept.
+
+        Tokens may come by `append` alone; but then the method isn't at its best.
+        """
+        return False
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether something is fitted to texts beforehand, by `kvq_jax.calibrate`.
+
+        What it gives goes into the state by `with_params`. A state without attends to NaN.
+        """
+        return False
+
+    def with_params(self, state: State, params: Params) -> State:
+        """Returns the state of a layer with what was fitted to texts for this layer.
+
+        Raises:
+          ValueError: if it was fitted to something else.
+        """
+        if jax.tree.leaves(params):
+            raise ValueError(f"{self} has no parameters")
+        return state
 
     @abc.abstractmethod
     def init(self, spec: CacheSpec, layer: int | None = None) -> State:
@@ -160,7 +208,8 @@ class CacheTransform(abc.ABC):
         Args:
           spec: its shape.
           layer: index of the layer, for methods that treat layers differently; None asks for
-            what most layers get. Layers of one spec always have states of the same shape.
+            what most layers get. Layers of one spec have states of the same shape, but for those
+            of a `Layered`.
         """
 
     @abc.abstractmethod
@@ -181,7 +230,7 @@ class CacheTransform(abc.ABC):
 
         Args:
           state: the cache.
-          k: keys, as attention uses them (after rotary embedding).
+          k: keys, as attention uses them (after rotary embedding), but for `pre_rope`.
           v: values.
           q: queries, for methods that look at them.
           lengths: valid tokens of each row, 0 to T; None means T. What lies beyond is ignored.

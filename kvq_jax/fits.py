@@ -15,9 +15,10 @@ from jaxtyping import Array, Int
 
 from kvq_jax import aot, generation
 from kvq_jax.base import CacheSpec, CacheTransform, nbytes
-from kvq_jax.engines import Window
-from kvq_jax.kernels.decode_attention import plain, tpu
+from kvq_jax.engines import Layered, Window
+from kvq_jax.kernels.decode_attention import tpu
 from kvq_jax.models import Decoder, DecoderConfig, init_states
+from kvq_jax.models.decoder import cache_spec
 
 STEP = 1024
 """`Fit.max_context` is a multiple of this."""
@@ -86,8 +87,7 @@ def fits(
       ModuleNotFoundError: libtpu isn't installed.
       TimeoutError: it took too long.
     """
-    if isinstance(method, Window):  # not for this machine
-        method = dataclasses.replace(method, layout=_layout(config, method, dtype))
+    method = _as_on_tpu(config, method, dtype)
     params = jax.tree.leaves(abstract_decoder(config, dtype))
     states = jax.eval_shape(
         functools.partial(init_states, config, method, batch_size, context, dtype)
@@ -108,15 +108,20 @@ def fits(
     hbm = aot.CHIPS[chip].hbm_bytes
 
     def has_room(context: int, num_devices: int) -> bool:
-        spec = CacheSpec(batch_size, config.num_kv_heads, context, config.head_dim, dtype)
-        state = jax.eval_shape(functools.partial(method.init, spec))  # layers' are of one shape
-        grown = config.num_layers * nbytes(state)
+        spec = cache_spec(config, method, batch_size, context, dtype)
+        kinds = method.kinds if isinstance(method, Layered) else (0,) * config.num_layers
+        grown = 0
+        for kind in set(kinds):  # layers of one kind are of one shape
+            state = jax.eval_shape(functools.partial(method.init, spec, kinds.index(kind)))
+            grown += kinds.count(kind) * nbytes(state)
         # Padding grows with the cache, temporaries hardly do: on the safe side for both.
         more = rest * max(1, grown / cache)
         return (weights + grown) / num_devices + more <= MARGIN * hbm
 
     longest = STEP * _last(lambda n: has_room(n * STEP, 1))
-    counts = (n for n in range(2, config.num_kv_heads + 1) if config.num_kv_heads % n == 0)
+    counts = [n for n in range(2, config.num_kv_heads + 1) if config.num_kv_heads % n == 0]
+    if isinstance(method, Window) and method.shares_heads:
+        counts = []
     chips = sorted(aot.CHIPS.values(), key=lambda other: other.hbm_bytes)
     return Fit(
         chip=chip,
@@ -161,11 +166,17 @@ def decode_step(
     return generation.decode_step(decoder, method)(states, tokens)
 
 
-def _layout(config: DecoderConfig, method: Window, dtype: Any) -> plain.Layout:
-    """Returns the layout that a cache has on a TPU."""
+def _as_on_tpu(config: DecoderConfig, method: CacheTransform, dtype: Any) -> CacheTransform:
+    """Returns the method with the layout that its codes have on a TPU, not on this machine."""
+    if isinstance(method, Layered):
+        methods = tuple(_as_on_tpu(config, x, dtype) for x in method.methods)
+        return dataclasses.replace(method, methods=methods)
+    if not isinstance(method, Window):
+        return method
     spec = CacheSpec(1, config.num_kv_heads, 1, config.head_dim, dtype)
     codecs = method.key_codec, method.value_codec
-    return "tpu" if tpu.suits(spec, *codecs, method.group_size) else "plain"
+    suits = tpu.suits(spec, *codecs, method.group_size)
+    return dataclasses.replace(method, layout="tpu" if suits else "plain")
 
 
 def abstract_decoder(config: DecoderConfig, dtype: Any) -> Decoder:

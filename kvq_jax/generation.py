@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kvq_jax.base import CacheTransform, nbytes
+from kvq_jax.base import CacheTransform, Params, nbytes
 from kvq_jax.methods import ott
 from kvq_jax.models import Decoder, Layer, LoadedModel, init_states
 from kvq_jax.sampling import Sampling, sample
@@ -51,6 +51,7 @@ def generate(
     prompts: Prompts,
     *,
     method: CacheTransform | None = None,
+    params: Sequence[Params] | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -70,6 +71,7 @@ def generate(
       model: from `kvq_jax.models.load`, or a bare decoder, which takes prompts of token ids.
       prompts: texts or lists of token ids; one text is a batch of one.
       method: how keys and values are kept; None takes `kvq_jax.ott()`.
+      params: of each layer, from `kvq_jax.calibrate`, for a method that needs texts.
       max_new_tokens: of each row.
       sampling: how tokens are drawn; None takes the most likely.
       seed: of the draws.
@@ -92,6 +94,8 @@ def generate(
     stops = _stop_sets(stop_tokens, len(ids))
     method = ott() if method is None else method
     sampling = Sampling() if sampling is None else sampling
+    if method.needs_texts and params is None:
+        raise ValueError(f"{method} needs parameters: kvq_jax.calibrate makes them")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     # The last new token is returned, not fed back.
@@ -107,7 +111,7 @@ def generate(
     start = time.perf_counter()
     step = drawing_step(decoder, method, sampling, list(map(len, ids)))
     key = jax.random.key(seed)
-    states = init_states(decoder.config, method, len(ids), capacity, decoder.dtype)
+    states = init_states(decoder.config, method, len(ids), capacity, decoder.dtype, params)
     logits, states = prefill(decoder, method, states, pad(ids))
     drawn = _draw(logits, sampling, key, jnp.zeros((), jnp.int32))
     unread = collections.deque([drawn])

@@ -3,14 +3,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvq_jax.base import CacheSpec, CacheTransform, nbytes
+from kvq_jax.base import CacheTransform, Params, nbytes
 from kvq_jax.methods import dense
 from kvq_jax.models import Decoder, DecoderConfig, Layer, init_states
 
@@ -47,13 +48,15 @@ def evaluate(
     methods: dict[str, CacheTransform],
     *,
     skip: int = 128,
+    params: Mapping[str, Sequence[Params]] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Quality]:
     """Measures the prediction of each next token of some windows of text, as when decoding.
 
     Every token attends to the cache as it stood when the token came: what the method had coded
     by then is read from its codes. Tokens go through in calls of the sizes that
-    `CacheTransform.exact_calls` gives, which changes nothing but the speed.
+    `CacheTransform.exact_calls` gives, which changes nothing but the speed. A method that needs a
+    prompt gets the tokens that are not scored as one.
 
     Args:
       decoder: the model.
@@ -61,9 +64,12 @@ def evaluate(
       methods: by name.
       skip: predictions at the start of a window that are not scored, since most methods have
         coded nothing then.
+      params: of each layer, from `kvq_jax.calibrate`, of those methods that need texts.
       on_progress: called with (method or "dense", tokens done, tokens of a window).
     """
-    return dict(evaluate_each(decoder, windows, methods, skip=skip, on_progress=on_progress))
+    return dict(
+        evaluate_each(decoder, windows, methods, skip=skip, params=params, on_progress=on_progress)
+    )
 
 
 def evaluate_each(
@@ -72,6 +78,7 @@ def evaluate_each(
     methods: dict[str, CacheTransform],
     *,
     skip: int = 128,
+    params: Mapping[str, Sequence[Params]] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[tuple[str, Quality]]:
     """Yields each method's name and figures as soon as they are there; see `evaluate`."""
@@ -79,16 +86,28 @@ def evaluate_each(
     num_windows, context = windows.shape
     if context - 1 <= skip:
         raise ValueError(f"windows of {context} tokens leave nothing to score after skip={skip}")
+    params = {} if params is None else params
+    for name, method in methods.items():
+        if method.needs_texts and name not in params:
+            raise ValueError(f"{name} needs parameters: kvq_jax.calibrate makes them")
 
     def hidden_states(name: str, method: CacheTransform) -> Array:
-        cache = init_states(decoder.config, method, num_windows, context, decoder.dtype)
+        cache = init_states(
+            decoder.config, method, num_windows, context, decoder.dtype, params.get(name)
+        )
         parts, start = [], 0
+        if method.needs_prompt and skip:
+            tokens = jnp.asarray(windows[:, :skip])
+            hidden, cache = decoder.prefill(tokens, cache, method, run_layer=_prefill_layer)
+            parts, start = [hidden], skip
         # The last token's prediction is of no use; but with it calls are more often of one size.
-        for size in method.exact_calls(context):
-            tokens = jnp.asarray(windows[:, start : start + size])
+        for end in itertools.accumulate(method.exact_calls(context)):
+            if end <= start:
+                continue
+            tokens = jnp.asarray(windows[:, start:end])
             hidden, cache = decoder(tokens, cache, method, run_layer=_run_layer)
             parts.append(hidden.block_until_ready())
-            start += size
+            start = end
             if on_progress:
                 on_progress(name, start, context)
         return jnp.concatenate(parts, axis=1)
@@ -121,6 +140,7 @@ def evaluate_each(
 
 # A layer at a time: one compilation serves all layers.
 _run_layer = jax.jit(Layer.__call__, static_argnames="cache", donate_argnames="state")
+_prefill_layer = jax.jit(Layer.prefill, static_argnames="cache", donate_argnames="state")
 
 
 @jax.jit
@@ -148,6 +168,7 @@ def bits_per_element(method: CacheTransform, config: DecoderConfig, length: int)
       config: of the model.
       length: capacity of the cache; its dense parts are bfloat16.
     """
-    spec = CacheSpec(1, config.num_kv_heads, length, config.head_dim, jnp.bfloat16)
-    state = jax.eval_shape(functools.partial(method.init, spec))
-    return 8 * nbytes(state) / (2 * config.num_kv_heads * config.head_dim * length)
+    init = functools.partial(init_states, config, method, 1, length, jnp.bfloat16)
+    states = jax.eval_shape(init)
+    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
+    return 8 * nbytes(states) / numbers

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from kvq_jax.base import CodedSegment
+from kvq_jax.base import CodedSegment, Shared
 
 
 def select_rows[S](state: S, rows: Int[Array, " b"]) -> S:
@@ -28,6 +28,8 @@ def select_rows[S](state: S, rows: Int[Array, " b"]) -> S:
     _check_row(state, rows)
 
     def select(part):
+        if isinstance(part, Shared):
+            return part
         if not isinstance(part, CodedSegment):
             return part[rows]
         table = part.block_table[rows]
@@ -42,7 +44,7 @@ def select_rows[S](state: S, rows: Int[Array, " b"]) -> S:
             num_coded=part.num_coded[rows],
         )
 
-    return jax.tree.map(select, state, is_leaf=_is_coded)
+    return jax.tree.map(select, state, is_leaf=_is_special)
 
 
 def insert_row[S](state: S, slot: int | Int[Array, ""], row: S) -> S:
@@ -60,6 +62,8 @@ def insert_row[S](state: S, slot: int | Int[Array, ""], row: S) -> S:
     _check_row(state, slot)
 
     def insert(whole, part):
+        if isinstance(whole, Shared):
+            return whole
         if not isinstance(whole, CodedSegment):
             _check_insert(whole, part)
             return whole.at[slot].set(part[0])
@@ -76,16 +80,16 @@ def insert_row[S](state: S, slot: int | Int[Array, ""], row: S) -> S:
             num_coded=whole.num_coded.at[slot].set(part.num_coded[0]),
         )
 
-    return jax.tree.map(insert, state, row, is_leaf=_is_coded)
+    return jax.tree.map(insert, state, row, is_leaf=_is_special)
 
 
-def _is_coded(x) -> bool:
-    return isinstance(x, CodedSegment)
+def _is_special(x) -> bool:
+    return isinstance(x, CodedSegment | Shared)
 
 
 def _check_row(state, rows: Array) -> None:
-    first = jax.tree.leaves(state, is_leaf=_is_coded)[0]
-    batch_size = (first.num_coded if _is_coded(first) else first).shape[0]
+    first = jax.tree.leaves(state, is_leaf=_is_special)[0]
+    batch_size = (first.num_coded if isinstance(first, CodedSegment) else first).shape[0]
     if not isinstance(rows, Tracer) and ((rows < 0) | (rows >= batch_size)).any():
         raise ValueError(f"rows must be 0 to {batch_size - 1}, got {rows.tolist()}")
 

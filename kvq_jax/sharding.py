@@ -8,8 +8,8 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, State
-from kvq_jax.engines import Window
+from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, Params, State
+from kvq_jax.engines import Layered, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,28 @@ class Sharded(CacheTransform):
 
     method: CacheTransform
     axis: str = "heads"
+    pre_rope: bool = dataclasses.field(init=False)
 
     def __post_init__(self):
-        tracer = self.method.tracer if isinstance(self.method, Window) else None
-        if tracer and tracer.share_heads:
-            raise ValueError("heads that share their outliers can't be on different devices")
+        if isinstance(self.method, Layered):
+            raise ValueError("share out the methods of the layers, not all of them together")
+        if isinstance(self.method, Window) and self.method.shares_heads:
+            raise ValueError("heads that share outliers or a fit can't be on different devices")
+        object.__setattr__(self, "pre_rope", self.method.pre_rope)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the method does; see `CacheTransform`."""
+        return self.method.needs_prompt
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether the method does; see `CacheTransform`."""
+        return self.method.needs_texts
+
+    def with_params(self, state: State, params: Params) -> State:
+        """Replaces what was fitted to texts; see `CacheTransform.with_params`."""
+        return self.method.with_params(state, params)
 
     def partition_specs(self, spec: CacheSpec) -> Any:
         """Returns a `PartitionSpec` for each array of the states of a spec."""
@@ -121,7 +138,9 @@ class Sharded(CacheTransform):
     def _specs(self, state: State, x: Float[Array, "B T n H"]) -> Any:
         batch_size, _, num_heads, head_dim = x.shape
         capacity = self.capacity(state)
-        return self.partition_specs(CacheSpec(batch_size, num_heads, capacity, head_dim, x.dtype))
+        rope = (0.0,) * (head_dim // 2) if self.pre_rope else None  # shapes alone count
+        spec = CacheSpec(batch_size, num_heads, capacity, head_dim, x.dtype, rope)
+        return self.partition_specs(spec)
 
     def _map(self, function, in_specs, out_specs):
         # Kernels don't tell how their results vary over devices.

@@ -91,7 +91,7 @@ def _cudnn_takes(dtype: jnp.dtype, head_dim: int) -> bool:
 
 
 class Attention(nnx.Module):
-    """One layer's attention; keys enter the cache after rope."""
+    """One layer's attention; keys enter the cache after rope, or before it if it asks for those."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -109,7 +109,7 @@ class Attention(nnx.Module):
     def _project(
         self, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
     ) -> tuple[Array, Array, Array]:
-        """Returns q `[B, T, N, H]`, k and v `[B, T, K, H]`, with rope applied."""
+        """Returns q `[B, T, N, H]` after rope, k before it and v `[B, T, K, H]`."""
         batch_size, num_tokens, _ = x.shape
         q, k, v = (
             projection(x).reshape(batch_size, num_tokens, -1, self.config.head_dim)
@@ -117,8 +117,10 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        frequencies = rope_frequencies(self.config)
-        return apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies), v
+        return self._rope(q, positions), k, v
+
+    def _rope(self, x: Float[Array, "B T heads H"], positions: Int[Array, "B T"]) -> Array:
+        return apply_rope(x, positions, rope_frequencies(self.config))
 
     def _merge(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T M"]:
         return self.o_proj(heads.reshape(*heads.shape[:2], -1))
@@ -142,7 +144,7 @@ class Attention(nnx.Module):
           The attention output and the new state.
         """
         q, k, v = self._project(x, positions)
-        state = cache.append(state, k, v)
+        state = cache.append(state, k if cache.pre_rope else self._rope(k, positions), v)
         out = cache.attend(state, q, sliding_window=self.config.sliding_window)
         return self._merge(out), state
 
@@ -161,5 +163,7 @@ class Attention(nnx.Module):
             after every valid token, so the causal mask hides it.
         """
         q, k, v = self._project(x, positions)
-        out = causal_attention(q, k, v, sliding_window=self.config.sliding_window)
+        turned = self._rope(k, positions)
+        out = causal_attention(q, turned, v, sliding_window=self.config.sliding_window)
+        k = k if cache.pre_rope else turned
         return self._merge(out), cache.prefill(state, k, v, q=q, lengths=lengths)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only transformer of the Llama family, in Flax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import CacheSpec, CacheTransform
+from kvq_jax.base import CacheSpec, CacheTransform, Params
 from kvq_jax.models.attention import Attention
 from kvq_jax.models.config import DecoderConfig
-from kvq_jax.models.layers import MLP, RMSNorm, matmul_precision
+from kvq_jax.models.layers import MLP, RMSNorm, matmul_precision, rope_frequencies
 
 States = tuple[Any, ...]
 
@@ -177,6 +177,7 @@ def init_states(
     batch_size: int,
     capacity: int,
     dtype: Any = jnp.float32,
+    params: Sequence[Params] | None = None,
 ) -> States:
     """Makes one empty cache state a layer.
 
@@ -186,15 +187,31 @@ def init_states(
       batch_size: B, number of rows.
       capacity: S, tokens a row can hold.
       dtype: of the keys and values the decoder will append.
+      params: of each layer, for a transform that needs texts; see `CacheTransform.with_params`.
 
     Returns:
       A tuple of L states.
     """
-    spec = CacheSpec(
+    spec = cache_spec(config, cache, batch_size, capacity, dtype)
+    states = (cache.init(spec, layer=layer) for layer in range(config.num_layers))
+    if params is None:
+        return tuple(states)
+    return tuple(cache.with_params(*x) for x in zip(states, params, strict=True))
+
+
+def cache_spec(
+    config: DecoderConfig,
+    cache: CacheTransform,
+    batch_size: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+) -> CacheSpec:
+    """Returns the shape of each layer's cache; see `init_states`."""
+    return CacheSpec(
         batch_size=batch_size,
         num_kv_heads=config.num_kv_heads,
         capacity=capacity,
         head_dim=config.head_dim,
         dtype=jnp.dtype(dtype),
+        rope=tuple(rope_frequencies(config).tolist()) if cache.pre_rope else None,
     )
-    return tuple(cache.init(spec, layer=layer) for layer in range(config.num_layers))

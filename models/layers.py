@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvq_jax.models.config import DecoderConfig
+from kvq_jax.rope import turn
 
 
 def matmul_precision(dtype: jnp.dtype) -> str | None:
@@ -81,8 +82,4 @@ def apply_rope(
     frequencies: Float[np.ndarray, " half"],
 ) -> Float[Array, "B T heads H"]:
     """Turns channel pairs (i, i + H/2) of each head by `position * frequency`, in float32."""
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return turn(x, positions[..., None, None].astype(jnp.float32) * frequencies)

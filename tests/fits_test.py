@@ -22,7 +22,7 @@ GIB = 2**30
 def answer(monkeypatch):
     """Returns a function that makes the compiler say how many bytes are required."""
 
-    def let(chip, required):
+    def let(chip, required, method=None):
         def compile_for(chip, *_, **__):
             if required <= aot.CHIPS[chip].hbm_bytes:
                 return aot.Compiled(
@@ -31,7 +31,7 @@ def answer(monkeypatch):
             raise aot.DoesNotFit("no", required, aot.CHIPS[chip].hbm_bytes)
 
         monkeypatch.setattr(aot, "compile_for", compile_for)
-        return fits.fits(LLAMA, kvq_jax.ott(), chip, context=131072)
+        return fits.fits(LLAMA, method or kvq_jax.ott(), chip, context=131072)
 
     return let
 
@@ -75,6 +75,22 @@ def test_the_compiler_is_right(answer):
 def test_where_nothing_would_do(answer):
     fit = answer("v5e", WEIGHTS + 200 * GIB)
     assert (fit.larger_chips, fit.max_context, fit.num_devices) == ((), 0, None)
+
+
+def test_keys_before_rope_and_layers_that_differ(answer):
+    bits, sizes = (2, 4) * 16, {"group_size": 64, "residual_length": 32}
+    mixed = kvq_jax.adaquant(bits=bits, value_bits=bits, **sizes)
+    few, mean, many = (
+        answer("v6e", WEIGHTS + 12 * GIB, method).cache_bytes
+        for method in (kvq_jax.kivi(bits=2, **sizes), mixed, kvq_jax.kivi(bits=4, **sizes))
+    )
+    assert 2 * mean == few + many
+    assert answer("v6e", WEIGHTS + 12 * GIB, kvq_jax.kvquant()).max_context >= 131072
+
+
+def test_heads_that_share_a_basis_stay_on_one_chip(answer):
+    for method, num_devices in ((kvq_jax.svdq(), None), (kvq_jax.cq(), 2)):
+        assert answer("v5e", WEIGHTS + 8 * GIB, method).num_devices == num_devices
 
 
 def test_the_step_is_that_of_generation(getkey):

@@ -26,18 +26,25 @@ from kvq_jax.models.sharding import partition_specs
 TWO_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, kvq_jax as kvq
 from jax.sharding import NamedSharding
+from kvq_jax.codecs.base import Sample
 
 assert jax.device_count() == 2
 mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
 k, v, q = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 150, 4, 32), np.float32))
-for method in (kvq.ott(group_size=32), kvq.dense()):
+ones = jnp.ones((1, 150), bool)
+for method in (kvq.ott(group_size=32), kvq.dense(), kvq.cq(iterations=3)):
     sharded = kvq.Sharded(method)
-    spec = kvq.CacheSpec(2, 4, 256, 32, jnp.float32)
+    assert sharded.pre_rope == method.pre_rope and sharded.needs_prompt == method.needs_prompt
+    rope = tuple(0.5**i for i in range(16)) if method.pre_rope else None
+    spec = kvq.CacheSpec(2, 4, 256, 32, jnp.float32, rope)
     place = jax.tree.map(lambda s: NamedSharding(mesh, s), sharded.partition_specs(spec))
     outs = []
     with jax.set_mesh(mesh):
         for cache in (method, sharded):
             state = cache.init(spec)
+            if cache.needs_texts:
+                sample = [Sample(x[:1], ones) for x in (k, v)]
+                state = cache.with_params(state, method.calibrate(*sample))
             if cache is sharded:
                 state = jax.device_put(state, place)
             prompt = k[:, :140], v[:, :140]
@@ -77,10 +84,19 @@ def test_the_axis_of_the_heads_is_found():
     assert set(state.pool) == {heads}
     assert state.length == state.coded.block_table == state.coded.num_coded == PartitionSpec()
 
+    spec = dataclasses.replace(spec, rope=(1.0,) * 32)
+    state = kvq.Sharded(kvq.kvquant()).partition_specs(spec)
+    levels, *ranges = state.fitted.key_codec.value  # one table for all heads, ranges of each
+    assert ranges == [heads, heads]
+    assert levels == state.rope == PartitionSpec()
 
-def test_shared_outliers_are_refused():
-    with pytest.raises(ValueError, match="share their outliers"):
-        kvq.Sharded(kvq.ott(share_heads=True))
+
+def test_what_heads_share_is_refused():
+    for method in (kvq.ott(share_heads=True), kvq.decoquant(), kvq.svdq()):
+        with pytest.raises(ValueError, match="share outliers or a fit"):
+            kvq.Sharded(method)
+    with pytest.raises(ValueError, match="share out the methods of the layers"):
+        kvq.Sharded(kvq.adaquant(bits=(2, 4), value_bits=(2, 2)))
 
 
 @pytest.mark.skipif(

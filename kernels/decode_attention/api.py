@@ -43,6 +43,7 @@ def decode_attention(
     sm_scale: float | None = None,
     sliding_window: int | None = None,
     capacity: int | None = None,
+    rope: Float[Array, "B half"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns causal attention of the last T tokens over a coded and a dense segment.
@@ -58,6 +59,8 @@ def decode_attention(
       sliding_window: a query sees only this many latest tokens, its own included; None means
         all.
       capacity: tokens that a row can hold; one of more attends to NaN. None is no limit.
+      rope: radians per token by which each pair of channels of a key is yet to be turned, where
+        keys are kept from before rotary embedding; `q` is after it.
       implementation: "mosaic_gpu" is the fused kernel for Hopper GPUs and codes in the `hopper`
         layout, "mosaic_tpu" that for TPUs and the `tpu` layout; "xla" runs anywhere and decodes
         block by block; "reference" decodes all at once in float32. None takes the best for the
@@ -73,11 +76,11 @@ def decode_attention(
     _check(q, length, dense, coded, key_codec, value_codec, sliding_window)
     sm_scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
     if implementation is None:
-        implementation, reason = _best(q, coded)
+        implementation, reason = _best(q, coded, rope)
         log.info("decode_attention of %s runs as %s: %s", q.shape, implementation, reason)
     if implementation in _KERNELS:
         kernel, *_ = _KERNELS[implementation]
-        if reason := kernel.reason_against(q, coded):
+        if reason := _against(kernel, q, coded, rope):
             raise NotImplementedError(f"{implementation} can't serve this call: {reason}")
         return kernel.decode_attention(
             q,
@@ -105,24 +108,33 @@ def decode_attention(
             value_codec,
             sm_scale=sm_scale,
             sliding_window=sliding_window,
+            rope=rope,
         )
     if implementation == "reference":
         segments = [dense]
         if coded is not None and key_codec is not None and value_codec is not None:
             segments.append(plain.read(coded, key_codec, value_codec, jnp.float32))
-        return reference.attention(
-            q, concatenate(*segments), length, sm_scale=sm_scale, sliding_window=sliding_window
-        )
+        kv = plain.turned(concatenate(*segments), rope)
+        return reference.attention(q, kv, length, sm_scale=sm_scale, sliding_window=sliding_window)
     raise ValueError(
         f"implementation must be one of {get_args(Implementation)} or None, got {implementation!r}"
     )
 
 
-def _best(q: Array, coded: CodedSegment | None) -> tuple[Implementation, str]:
+def _against(
+    kernel: ModuleType, q: Array, coded: CodedSegment | None, rope: Array | None
+) -> str | None:
+    """Returns why a fused kernel can't serve a call, or None if it can."""
+    if rope is not None:
+        return "it reads keys as they are, not from before rotary embedding"
+    return kernel.reason_against(q, coded)
+
+
+def _best(q: Array, coded: CodedSegment | None, rope: Array | None) -> tuple[Implementation, str]:
     """Returns the best implementation for a call and why."""
     for name, (kernel, layout, machine) in _KERNELS.items():
         if layout.available():
-            if reason := kernel.reason_against(q, coded):
+            if reason := _against(kernel, q, coded, rope):
                 return "xla", f"of {name}, {reason}"
             return name, f"it is the fastest on {machine}"
     return "xla", "there is no Hopper GPU and no TPU"
@@ -143,14 +155,20 @@ def concatenate(*segments: KV) -> KV:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *whole)
 
 
-def _check(q, length, dense, coded, key_codec, value_codec, sliding_window):
-    batch, num_kv_heads, slots, head_dim = dense.keys.shape
+def check_queries(q: Array, keys: Array) -> None:
+    """Raises `ValueError` if queries, meant to be `B T N H`, don't fit keys `B K S H`."""
+    batch, num_kv_heads, _, head_dim = keys.shape
     if q.ndim != 4 or q.shape[0] != batch or q.shape[3] != head_dim:
         raise ValueError(f"q must be [B={batch}, T, N, H={head_dim}], got {q.shape}")
     if q.shape[1] < 1 or q.shape[2] < 1 or q.shape[2] % num_kv_heads:
         raise ValueError(
             f"q must have T >= 1 tokens and a multiple of K={num_kv_heads} heads, got {q.shape}"
         )
+
+
+def _check(q, length, dense, coded, key_codec, value_codec, sliding_window):
+    check_queries(q, dense.keys)
+    batch, num_kv_heads, slots, _ = dense.keys.shape
     if dense.values.shape != dense.keys.shape:
         raise ValueError(f"dense: {dense.keys.shape=} is not {dense.values.shape=}")
     if isinstance(dense, RingKV):

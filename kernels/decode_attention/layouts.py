@@ -10,6 +10,7 @@ from kvq_jax.base import CacheSpec, CodedSegment
 from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.base import Codec
 
+BITS = (2, 4, 8)
 HEAD_DIMS = (64, 128, 256)
 GROUP_SIZES = (32, 64, 128)
 MAX_TOKENS = 8
@@ -30,6 +31,8 @@ def reason_against(
     if not isinstance(key_codec, Affine) or not isinstance(value_codec, Affine):
         return f"it holds affine codes, not those of {key_codec} and {value_codec}"
     for codec in (key_codec, value_codec):
+        if codec.bits not in BITS:
+            return f"codes must be of {BITS} bits, not {codec.bits}"
         if jnp.dtype(codec.scale_dtype) != jnp.float16:
             return f"scales must be float16, not {jnp.dtype(codec.scale_dtype)}"
     if key_codec.tile != (group_size, 1) or value_codec.tile[0] != 1:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvq_jax.base import KV, CacheSpec, Code, CodedSegment
 from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.base import Codec
 from kvq_jax.kernels.decode_attention import hopper, tpu
+from kvq_jax.rope import turn
 
 Layout = Literal["plain", "hopper", "tpu"]
 
@@ -74,10 +75,11 @@ def init(
             return hopper.from_codes(*codes)
         return tpu.from_codes(*codes) if layout == "tpu" else codes
 
-    block = jax.ShapeDtypeStruct((units * unit, group_size, spec.head_dim), spec.dtype)
-    lead = spec.batch_size * blocks, spec.num_kv_heads
+    shape = (spec.batch_size, spec.num_kv_heads, units * unit, group_size, spec.head_dim)
+    block = jax.ShapeDtypeStruct(shape, spec.dtype)  # of each row: codecs may be fitted to them
     keys, values = jax.tree.map(
-        lambda x: jnp.zeros(lead + x.shape, x.dtype), jax.eval_shape(codes, block)
+        lambda x: jnp.zeros((spec.batch_size * blocks, *x.shape[1:]), x.dtype),
+        jax.eval_shape(codes, block),
     )
     table = jnp.arange(spec.batch_size * blocks, dtype=jnp.int32)
     return CodedSegment(
@@ -164,3 +166,11 @@ def read(coded: CodedSegment, key_codec: Codec, value_codec: Codec, dtype: Any) 
     keys, values, mask = read_blocks(coded, coded.block_table, key_codec, value_codec, dtype)
     positions = jnp.where(mask, jnp.arange(keys.shape[2], dtype=jnp.int32), -1)
     return KV(keys, values, positions)
+
+
+def turned(kv: KV, rope: Float[Array, "B half"] | None) -> KV:
+    """Returns keys from before rotary embedding as they are after it; None changes nothing."""
+    if rope is None:
+        return kv
+    angle = kv.positions[..., None].astype(jnp.float32) * rope[:, None, None]
+    return kv._replace(keys=turn(kv.keys, angle))

@@ -29,6 +29,7 @@ def decode_attention(
     *,
     sm_scale: float,
     sliding_window: int | None,
+    rope: Float[Array, "B half"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns attention over both segments; see `api.decode_attention`."""
     batch, num_tokens, num_q_heads, head_dim = q.shape
@@ -42,6 +43,7 @@ def decode_attention(
     at = at[:, None, :, None]  # [B, 1, rows, 1]
 
     def update(carry, keys, values, positions):
+        keys, values, positions = plain.turned(KV(keys, values, positions), rope)
         top, total, out = carry
         scores = _matmul("bkrh,bksh->bkrs", rows, keys) * sm_scale
         distance = at - positions[:, :, None, :]

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from kvq_jax.cli import options, terminal
+from kvq_jax.cli.calibrate import calibrate
 from kvq_jax.cli.chat import chat
 from kvq_jax.cli.demo import demo
 from kvq_jax.cli.evaluate import evaluate
@@ -37,6 +38,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(chat)
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command()(inspect)
 app.command()(fits)
 app.command()(methods)

@@ -35,6 +35,7 @@ def evaluate(
     group_size: options.GroupSize = None,
     residual_length: options.ResidualLength = None,
     num_outliers: options.NumOutliers = None,
+    calibrations: options.Calibrations = None,
 ) -> None:
     """Measure how well caches predict a text, against the dense cache.
 
@@ -63,9 +64,10 @@ def evaluate(
             "give a longer text, or a smaller --windows or --context"
         )
     cut = measure.consecutive_windows(tokens, context, windows)
+    params = options.load_params(calibrations, caches, loaded.config)
     with progress(["dense", *caches], quiet=json) as on_progress:
         qualities = measure.evaluate(
-            loaded.decoder, cut, caches, skip=skip, on_progress=on_progress
+            loaded.decoder, cut, caches, skip=skip, params=params, on_progress=on_progress
         )
     if json:
         terminal.print_json(

@@ -27,6 +27,7 @@ def generate(
     group_size: options.GroupSize = None,
     residual_length: options.ResidualLength = None,
     num_outliers: options.NumOutliers = None,
+    calibrations: options.Calibrations = None,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -52,6 +53,7 @@ def generate(
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ids = tokenizer.encode(text, add_special_tokens=not chat)
+    params = options.load_params(calibrations, {method: cache}, loaded.config).get(method)
 
     from kvq_jax.base import nbytes
     from kvq_jax.generation import cache_nbytes, round_capacity
@@ -67,6 +69,7 @@ def generate(
             loaded,
             [ids],
             method=cache,
+            params=params,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,

@@ -3,12 +3,14 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from kvq_jax.base import CacheTransform
+    from kvq_jax.base import CacheTransform, Params
+    from kvq_jax.models import DecoderConfig
     from kvq_jax.sampling import Sampling
 
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -30,7 +32,7 @@ Method = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many.")]
 
 Bits = Annotated[
-    int | None, typer.Option(help="Of keys and values: 2, 4 or 8.", rich_help_panel=_METHOD)
+    int | None, typer.Option(help="Of keys and values: 1 to 8.", rich_help_panel=_METHOD)
 ]
 ValueBits = Annotated[
     int | None, typer.Option(help="Of values, if not --bits.", rich_help_panel=_METHOD)
@@ -45,6 +47,12 @@ ResidualLength = Annotated[
 NumOutliers = Annotated[
     int | None,
     typer.Option(help="Outlier tokens kept in full precision.", rich_help_panel=_METHOD),
+]
+Calibrations = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of kvq calibrate, for methods that need it.", rich_help_panel=_METHOD
+    ),
 ]
 
 Temperature = Annotated[
@@ -112,6 +120,27 @@ def make_methods(names: Iterable[str], **options: Any) -> dict[str, "CacheTransf
 def make_method(name: str, **options: Any) -> "CacheTransform":
     """Makes one method; see `make_methods`."""
     return make_methods([name], **options)[name]
+
+
+def load_params(
+    folder: Path | None, methods: dict[str, "CacheTransform"], config: "DecoderConfig"
+) -> dict[str, tuple["Params", ...]]:
+    """Loads what `kvq calibrate` has fitted, for those of the methods that need it.
+
+    Raises:
+      UsageError: if one does and there is no folder.
+    """
+    needed = {name: method for name, method in methods.items() if method.needs_texts}
+    if needed and folder is None:
+        raise UsageError(f"{', '.join(needed)} must be fitted to a text: see --calibrations")
+    if not needed or folder is None:
+        return {}
+    from kvq_jax.calibration import load_calibration
+
+    return {
+        name: load_calibration(folder / name, method, config).params
+        for name, method in needed.items()
+    }
 
 
 def make_sampling(

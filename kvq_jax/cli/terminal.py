@@ -117,3 +117,19 @@ def stream(tokenizer: "Tokenizer", run: Callable[[Callable], "Generation"]) -> "
         printer.result()
     print(flush=True)
     return generation
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a bar for `calibrate` on stderr, if that is a terminal."""
+    from rich.progress import Progress
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
+        tasks = {}
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield on_progress

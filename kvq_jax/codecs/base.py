@@ -1,19 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a codec is."""
+"""What a codec is, and what it shares with other parts of a method."""
 
 import abc
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from kvq_jax.base import Code
+from kvq_jax.base import CacheSpec, Code, Params
 
 
-class Codec(abc.ABC):
+class Sample(NamedTuple):
+    """What a part is fitted to.
+
+    Attributes:
+      x: keys or values, as they enter the cache.
+      mask: False for what is padding.
+      q: queries that came with them, if they are known.
+      weight: of each number, such as the squared gradient of the loss with respect to it.
+    """
+
+    x: Float[Array, "B T K H"]
+    mask: Bool[Array, "B T"]
+    q: Float[Array, "B T N H"] | None = None
+    weight: Float[Array, "B T K H"] | None = None
+
+
+class Part:
+    """A part of a method. What is fitted to data is not in it, but in the state of the cache.
+
+    Instances are frozen dataclasses, static under `jax.jit`. `bind` makes one that can be used
+    where it is fitted to something; it is not hashable, and lives no longer than a call.
+
+    Attributes:
+      fits: what there is to fit to: each row's "prompt", "texts" beforehand for all rows, or
+        nothing.
+      weighs: whether texts are to come with weights.
+    """
+
+    weighs: bool = False
+    fits: Literal["prompt", "texts"] | None = None
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether one thing is fitted to all heads together, so that they can't be parted."""
+        return False
+
+    def init(self, spec: CacheSpec) -> Params:
+        """Returns what the part is in an empty cache.
+
+        Of what is fitted to texts only shapes are known, with a leading axis of 1; it is NaN.
+        """
+        del spec
+        return ()
+
+    def fit(self, sample: Sample) -> Params:
+        """Returns what the part is for each row of a sample."""
+        del sample
+        return ()
+
+    def bind[P](self: P, params: Params) -> P:
+        """Returns the part as fitted."""
+        del params
+        return self
+
+
+class Codec(Part, abc.ABC):
     """Stands a small pytree, the code, for a tensor of S tokens by H channels.
 
-    Instances are frozen dataclasses, static under `jax.jit`. Leading axes of the tensor are
-    leading axes of every leaf of its code.
+    Leading axes of the tensor are leading axes of every leaf of its code. A codec with something
+    to fit takes `B K n S H`: of each row and head, n groups of tokens.
     """
 
     @abc.abstractmethod

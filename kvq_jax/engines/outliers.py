@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvq_jax.base import CacheSpec
+from kvq_jax.sums import exact_square, ordered_sum
 
 
 class PoolState(NamedTuple):
@@ -178,13 +179,10 @@ class OutlierTracer:
         if self.score == "position":
             return positions.astype(jnp.float32)
         keys = keys.astype(jnp.float32)
-        if self.score == "l1":
-            size = jnp.abs(keys)
-        else:  # of so many bits that squares are exact: fused multiply-adds don't change a sum
-            size = jnp.square(jax.lax.reduce_precision(keys, exponent_bits=8, mantissa_bits=11))
-        score = _sum(size, -1)[..., 0]
+        size = jnp.abs(keys) if self.score == "l1" else exact_square(keys)
+        score = ordered_sum(size, -1)[..., 0]
         if self.share_heads:
-            score = jnp.broadcast_to(_sum(score, 1), score.shape)
+            score = jnp.broadcast_to(ordered_sum(score, 1), score.shape)
         return score if self.score == "l1" else jnp.sqrt(score)
 
 
@@ -202,18 +200,5 @@ def _take(x: Array, index: Array) -> Array:
 def _mean(keys: Array, mask: Array) -> Array:
     """Returns the mean over the tokens of a group chosen by the mask, `B K n 1 H`."""
     mask = mask[..., None].astype(jnp.float32)
-    total = _sum(keys.astype(jnp.float32) * mask, -2)
+    total = ordered_sum(keys.astype(jnp.float32) * mask, -2)
     return (total / jnp.maximum(mask.sum(-2, keepdims=True), 1)).astype(keys.dtype)
-
-
-def _sum(x: Array, axis: int) -> Array:
-    """Sums over an axis, which stays, always in the same order.
-
-    XLA chooses the order of its own sums by the shape, and the last bits with it: groups would
-    be coded differently together than alone.
-    """
-    while (size := x.shape[axis]) > 1:
-        half = size // 2
-        first, second, rest = jnp.split(x, [half, 2 * half], axis)
-        x = jnp.concatenate([first + second, rest], axis) if size % 2 else first + second
-    return x

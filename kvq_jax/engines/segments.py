@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from kvq_jax.base import KV, CacheTransform, CodedSegment, Implementation, RingKV, State
 from kvq_jax.codecs.base import Codec
+from kvq_jax.codecs.frames import AS_GIVEN, Frame
 from kvq_jax.kernels.decode_attention import decode_attention, plain
-from kvq_jax.kernels.decode_attention.api import concatenate
+from kvq_jax.kernels.decode_attention.api import check_queries, concatenate
 
 
 class Segments(NamedTuple):
@@ -20,12 +21,18 @@ class Segments(NamedTuple):
       coded: those kept as codes; None for none at all.
       key_codec: of the coded keys.
       value_codec: of the coded values.
+      key_frame: that all keys are in, dense or coded.
+      value_frame: that all values are in.
+      rope: of keys from before rotary embedding, radians per token; see `decode_attention`.
     """
 
     dense: RingKV
     coded: CodedSegment | None = None
     key_codec: Codec | None = None
     value_codec: Codec | None = None
+    key_frame: Frame = AS_GIVEN
+    value_frame: Frame = AS_GIVEN
+    rope: Float[Array, "B half"] | None = None
 
 
 class SegmentedCache(CacheTransform):
@@ -66,24 +73,28 @@ class SegmentedCache(CacheTransform):
         implementation: Implementation | None = None,
     ) -> Float[Array, "B T N H"]:
         """Returns the attention output of the last T tokens; see `CacheTransform.attend`."""
-        dense, coded, key_codec, value_codec = self.segments(state)
-        return decode_attention(
-            q,
+        x = self.segments(state)
+        check_queries(q, x.dense.keys)
+        out = decode_attention(
+            x.key_frame.absorb(q),
             state.length,
-            dense,
-            coded,
-            key_codec=key_codec,
-            value_codec=value_codec,
+            x.dense,
+            x.coded,
+            key_codec=x.key_codec,
+            value_codec=x.value_codec,
             sm_scale=sm_scale,
             sliding_window=sliding_window,
             capacity=self.capacity(state),
+            rope=x.rope,
             implementation=implementation,
         )
+        return x.value_frame.leave(out)
 
     def read(self, state: State) -> KV:
         """Returns all tokens dense; see `CacheTransform.read`."""
-        dense, coded, key_codec, value_codec = self.segments(state)
-        parts = [dense.located(state.length)]
-        if coded is not None and key_codec is not None and value_codec is not None:
-            parts.insert(0, plain.read(coded, key_codec, value_codec, dense.keys.dtype))
-        return concatenate(*parts)
+        x = self.segments(state)
+        parts = [x.dense.located(state.length)]
+        if x.coded is not None and x.key_codec is not None and x.value_codec is not None:
+            parts.insert(0, plain.read(x.coded, x.key_codec, x.value_codec, x.dense.keys.dtype))
+        keys, values, positions = plain.turned(concatenate(*parts), x.rope)
+        return KV(x.key_frame.leave(keys), x.value_frame.leave(values), positions)

@@ -11,8 +11,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import CacheSpec, CodedSegment, RingKV, check_tokens
-from kvq_jax.codecs.base import Codec
+from kvq_jax.base import CacheSpec, CodedSegment, Params, RingKV, Shared, check_tokens
+from kvq_jax.codecs.base import Codec, Part, Sample
+from kvq_jax.codecs.frames import AS_GIVEN, Frame
 from kvq_jax.engines.outliers import OutlierTracer, PoolState
 from kvq_jax.engines.segments import SegmentedCache, Segments
 from kvq_jax.kernels.decode_attention import plain
@@ -21,6 +22,22 @@ from kvq_jax.kernels.decode_attention.tpu import SLOTS, TpuCode
 
 _TOKENS_AT_ONCE = 8192
 """Tokens of all rows and layers that are coded together: enough work for a GPU, little memory."""
+
+
+class Fitted(NamedTuple):
+    """What the parts of a method are fitted to; () for those that fit nothing.
+
+    Attributes:
+      key_codec: see `Codec`.
+      value_codec: likewise.
+      key_frame: see `Frame`.
+      value_frame: likewise.
+    """
+
+    key_codec: Params = ()
+    value_codec: Params = ()
+    key_frame: Params = ()
+    value_frame: Params = ()
 
 
 class WindowState(NamedTuple):
@@ -35,6 +52,8 @@ class WindowState(NamedTuple):
       values: likewise.
       pool: what the tracer remembers; () without one.
       length: tokens of each row.
+      fitted: what the parts are fitted to.
+      rope: of the model, `B half`, for keys from before rotary embedding.
     """
 
     coded: CodedSegment
@@ -42,6 +61,8 @@ class WindowState(NamedTuple):
     values: Float[Array, "B K D H"]
     pool: PoolState | tuple[()]
     length: Int[Array, " B"]
+    fitted: Fitted = Fitted()
+    rope: Array | tuple[()] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +77,19 @@ class Window(SegmentedCache):
     of them are coded, W = residual_length + group_size, however they came; and the tokens of
     a call of up to residual_length + 1 are all dense while that call attends to them.
 
+    A frame holds all tokens of the cache, dense or coded: they enter it before all else. What
+    parts fit to a prompt they fit by the `prefill` that finds the row empty, and keep.
+
     Args:
       key_codec: codec of a group's keys.
       value_codec: codec of a group's values, with scales per token.
       group_size: tokens coded at a time.
       residual_length: latest tokens that stay dense at the least.
-      tracer: which tokens of a group to keep dense; None for none.
+      key_frame: that keys are kept in.
+      value_frame: that values are kept in.
+      tracer: which tokens of a group to keep dense; None for none. It sees keys in their frame.
+      pre_rope: keys are kept, dense or coded, as they are before rotary embedding, and
+        turned whenever they are read. No frame of keys goes with it: queries come after it.
       room: tokens that `make_room` has made room for; a call of no more of them codes nothing.
       layout: of the codes in memory; None takes the best for this machine.
     """
@@ -70,7 +98,10 @@ class Window(SegmentedCache):
     value_codec: Codec
     group_size: int
     residual_length: int
+    key_frame: Frame = AS_GIVEN
+    value_frame: Frame = AS_GIVEN
     tracer: OutlierTracer | None = None
+    pre_rope: bool = False
     room: int = 0
     layout: Layout | None = None
 
@@ -79,13 +110,27 @@ class Window(SegmentedCache):
             raise ValueError(f"residual_length must be at least 0, got {self.residual_length}")
         if self.layout not in (None, *get_args(Layout)):
             raise ValueError(f"layout must be one of {get_args(Layout)}, got {self.layout!r}")
+        if self.pre_rope and self.key_frame != AS_GIVEN:
+            raise ValueError("keys before rope can't be kept in a frame")
 
     def init(self, spec: CacheSpec, layer: int | None = None) -> WindowState:
         """Returns an empty cache; see `CacheTransform.init`."""
+        fitted = Fitted(
+            *(
+                Shared(part.init(spec)) if part.fits == "texts" else part.init(spec)
+                for part in self._parts
+            )
+        )
+        rope = ()
+        if self.pre_rope:
+            if spec.rope is None:
+                raise ValueError("this cache turns keys itself: CacheSpec.rope must say how")
+            rope = jnp.tile(jnp.asarray(spec.rope, jnp.float32), (spec.batch_size, 1))
+        key_codec, value_codec, *_ = self._bind(fitted)
         coded = plain.init(
             spec,
-            self.key_codec,
-            self.value_codec,
+            key_codec,
+            value_codec,
             self.group_size,
             num_tokens=max(0, spec.capacity - self._window),
             layout=self.layout,
@@ -100,6 +145,8 @@ class Window(SegmentedCache):
             values=jnp.zeros(slots, spec.dtype),
             pool=self.tracer.init(spec, layer) if self.tracer else (),
             length=jnp.zeros(spec.batch_size, jnp.int32),
+            fitted=fitted,
+            rope=rope,
         )
 
     def capacity(self, state: WindowState) -> int:
@@ -113,15 +160,89 @@ class Window(SegmentedCache):
     def segments(self, state: WindowState) -> Segments:
         """Returns the codes, and the pools and the window; see `SegmentedCache`."""
         dense = self._dense(state)
+        rope = state.rope if isinstance(state.rope, jax.Array) else None
         if not state.coded.block_table.size:  # the window alone has the capacity
-            return Segments(dense)
-        return Segments(dense, state.coded, self.key_codec, self.value_codec)
+            _, _, key_frame, value_frame = self._bind(state.fitted)
+            return Segments(dense, key_frame=key_frame, value_frame=value_frame, rope=rope)
+        return Segments(dense, state.coded, *self._bind(state.fitted), rope)
 
     def exact_calls(self, num_tokens: int) -> list[int]:
         """Cuts where a group is coded, W tokens and whole groups on; see `CacheTransform`."""
         first = min(self._window % self.group_size, num_tokens)
         full, rest = divmod(num_tokens - first, self.group_size)
         return [first] * (first > 0) + [self.group_size] * full + [rest] * (rest > 0)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether a part fits to the prompt; see `CacheTransform`."""
+        return any(part.fits == "prompt" for part in self._parts)
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether a part fits to texts; see `CacheTransform`."""
+        return any(part.fits == "texts" for part in self._parts)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a part that fits to texts wants squared gradients as weights."""
+        return any(part.weighs for part in self._parts)
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether heads share outliers, or what a part is fitted to."""
+        shared = self.tracer is not None and self.tracer.share_heads
+        return shared or any(part.shares_heads for part in self._parts)
+
+    def fitted_parts(self) -> list[str]:
+        """Returns what of the method is fitted to texts, in words to compare by."""
+        return [f"{part}" for part in self._parts if part.fits == "texts"]
+
+    def params(self, state: WindowState) -> tuple[Params, ...]:
+        """Returns what the state has from `with_params`."""
+        return tuple(x.value if isinstance(x, Shared) else () for x in state.fitted)
+
+    def with_params(self, state: WindowState, params: Params) -> WindowState:
+        """Replaces what was fitted to texts; see `CacheTransform.with_params`."""
+        if not self.needs_texts:
+            return super().with_params(state, params)
+        fitted = list(state.fitted)
+        for i, part in enumerate(self._parts):
+            if part.fits == "texts":
+                fitted[i] = _fitting(params[i], fitted[i])
+        return state._replace(fitted=Fitted(*fitted))
+
+    def calibrate(self, keys: Sample, values: Sample) -> tuple[Params, ...]:
+        """Fits what is to be fitted to texts, for one layer.
+
+        Args:
+          keys: keys of this layer, all in one row.
+          values: the values that belong to them.
+
+        Returns:
+          For each of `Fitted` what `with_params` takes; () for the others.
+        """
+        samples = (keys, values, keys, values)
+        return tuple(
+            part.fit(sample) if part.fits == "texts" else ()
+            for part, sample in zip(self._parts, samples, strict=True)
+        )
+
+    @property
+    def _parts(self) -> tuple[Codec, Codec, Frame, Frame]:
+        """Returns the parts in the order of `Fitted`."""
+        return self.key_codec, self.value_codec, self.key_frame, self.value_frame
+
+    def _bind(self, fitted: Fitted) -> tuple[Codec, Codec, Frame, Frame]:
+        """Returns the parts as fitted."""
+        keys, values, key_frame, value_frame = (
+            x.value if isinstance(x, Shared) else x for x in fitted
+        )
+        return (
+            self.key_codec.bind(keys),
+            self.value_codec.bind(values),
+            self.key_frame.bind(key_frame),
+            self.value_frame.bind(value_frame),
+        )
 
     @property
     def _window(self) -> int:
@@ -162,12 +283,63 @@ class Window(SegmentedCache):
         """Returns the method that codes nothing for a call of T tokens."""
         return dataclasses.replace(self, room=num_tokens)
 
+    def prefill(
+        self,
+        state: WindowState,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        q: Float[Array, "B T N H"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> WindowState:
+        """Fits what is to be fitted, then adds the prompts; see `CacheTransform.prefill`."""
+        if self.needs_prompt:
+            self._check(state, k, v, lengths)
+            state = self._fit(state, k, v, q, lengths)
+        return self.extend(state, k, v, lengths)
+
+    def _fit(self, state: WindowState, k, v, q, lengths) -> WindowState:
+        """Fits the parts of rows that hold no token yet."""
+        num_tokens = k.shape[1]
+        lengths = jnp.full_like(state.length, num_tokens) if lengths is None else lengths
+        mask = jnp.arange(num_tokens) < lengths[:, None]
+        fresh = (state.length == 0) & (lengths > 0)
+
+        def fit(part: Part, x: Array, q: Array | None, old: Params) -> Params:
+            def choose(new: Array, old: Array) -> Array:
+                return jnp.where(fresh.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+            if part.fits != "prompt":
+                return old
+            return jax.tree.map(choose, part.fit(Sample(x, mask, q)), old)
+
+        old = state.fitted
+        state = state._replace(
+            fitted=old._replace(
+                key_frame=fit(self.key_frame, k, q, old.key_frame),
+                value_frame=fit(self.value_frame, v, None, old.value_frame),
+            )
+        )
+        *_, key_frame, value_frame = self._bind(state.fitted)  # what codecs see is in them
+        q = None if q is None else key_frame.absorb(q)
+        return state._replace(
+            fitted=state.fitted._replace(
+                key_codec=fit(self.key_codec, key_frame.enter(k), q, old.key_codec),
+                value_codec=fit(self.value_codec, value_frame.enter(v), None, old.value_codec),
+            )
+        )
+
+    def _check(self, state: WindowState, k: Array, v: Array, lengths: Array | None) -> None:
+        batch, num_heads, _, head_dim = state.keys.shape
+        check_tokens(self, state, k, v, (batch, num_heads, head_dim), state.keys.dtype, lengths)
+
     def extend(self, state: WindowState, k: Array, v: Array, lengths: Array | None) -> WindowState:
         """Codes what has to make room, then writes; see `SegmentedCache.extend`."""
-        batch, num_heads, num_slots, head_dim = state.keys.shape
-        shape = (batch, num_heads, head_dim)
-        check_tokens(self, state, k, v, shape, state.keys.dtype, lengths)
+        self._check(state, k, v, lengths)
+        batch, num_heads, num_slots, _ = state.keys.shape
         num_tokens = k.shape[1]
+        *_, key_frame, value_frame = self._bind(state.fitted)
+        k, v = key_frame.enter(k), value_frame.enter(v)
         new = jnp.full(batch, num_tokens) if lengths is None else lengths
         new = new.astype(jnp.int32)
         if num_tokens > self.room:
@@ -226,6 +398,8 @@ class Window(SegmentedCache):
         size = len(new) * self.group_size
         n = min(_divide(num_tokens, self.group_size), max(1, _TOKENS_AT_ONCE // size))
         layers = max(1, _TOKENS_AT_ONCE // (n * size))
+        if jax.tree.leaves(states[0].fitted):
+            layers = 1  # each is fitted to something else
 
         def code(i: Array, states: tuple[WindowState, ...]) -> tuple[WindowState, ...]:
             del i
@@ -262,7 +436,8 @@ class Window(SegmentedCache):
             *pools, keys, mask = self.tracer.trace(
                 pool, pool_keys, pool_values, keys, values, start, _join(counts)
             )
-        codes = self.key_codec.encode(keys), self.value_codec.encode(values, mask)
+        key_codec, value_codec, *_ = self._bind(states[0].fitted)
+        codes = key_codec.encode(keys), value_codec.encode(values, mask)
         batch = len(counts[0])
         new = (_rows((codes, pools), i * batch, batch) for i in range(len(states)))
         return [self._put(*x) for x in zip(states, new, counts, strict=True)]
@@ -297,6 +472,14 @@ class Window(SegmentedCache):
             for x, new in zip((state.keys, state.values), pooled, strict=True)
         )
         return state._replace(coded=coded, keys=keys, values=values, pool=pool)
+
+
+def _fitting(params: Params, old: Shared) -> Shared:
+    """Returns parameters to share, refusing those of other shapes than the old ones."""
+    new, had = (jax.tree.map(lambda x: f"{x.dtype}{x.shape}", p) for p in (params, old.value))
+    if new != had:
+        raise ValueError(f"parameters {new} do not fit a cache of {had}")
+    return Shared(jax.tree.map(jnp.array, params))  # a copy, which may be donated
 
 
 def _divide(x, y: int):

@@ -39,7 +39,8 @@ def kivi(
     """Returns KIVI.
 
     Args:
-      bits: of keys, and of values unless those have their own; 2, 4 or 8.
+      bits: of keys, and of values unless those have their own; 1 to 8. GPU kernels
+        serve 2, 4 and 8.
       value_bits: of values.
       group_size: tokens that share a key scale; 32, 64 or 128.
       value_group_size: channels that share a value scale, a divisor of head_dim; None takes

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points, version
 
 import pytest
 
+import kvq_jax
 from kvq_jax.cli import main
 
 
@@ -24,7 +25,7 @@ def test_version(kvq):
 def test_help(kvq):
     result = kvq("--help")
     assert result.code == 0
-    for command in ("demo", "generate", "chat", "eval", "inspect", "fits", "methods"):
+    for command in ("demo", "generate", "chat", "eval", "calibrate", "inspect", "fits", "methods"):
         assert f" {command} " in result.out
         assert kvq(command, "--help").code == 0
 
@@ -46,9 +47,10 @@ def test_wrong_calls_exit_2(kvq, arguments):
 
 def test_methods(kvq):
     rows = json.loads(kvq("methods", "--json").out)
-    assert [row["method"] for row in rows] == ["dense", "kivi", "ott", "sink"]
+    names = [row["method"] for row in rows]
+    assert names == [name for name in kvq_jax.methods.__all__ if name.islower()]
     assert all(row["title"] and row["idea"] for row in rows)
-    assert rows[2]["defaults"]["num_outliers"] == 3
+    assert rows[names.index("ott")]["defaults"]["num_outliers"] == 3
     shown = kvq("methods")
     assert shown.code == 0
     for row in rows:

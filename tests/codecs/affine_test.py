@@ -15,7 +15,10 @@ TILES = [(32, 1), (128, 1), (1, 32), (1, 128), (16, 4)]  # the fourth is cut to 
 DTYPES = [jnp.float32, jnp.bfloat16]
 every = pytest.mark.parametrize(
     "bits, tile",
-    [pytest.param(b, t, id=f"{b}-{t}") for b, t in itertools.product((2, 4, 8), TILES)],
+    [
+        pytest.param(b, t, id=f"{b}-{t}")
+        for b, t in [*itertools.product((2, 4, 8), TILES), (1, (32, 1)), (3, (32, 1)), (5, (1, 32))]
+    ],
 )
 
 
@@ -153,7 +156,7 @@ def test_refuses_tokens_that_do_not_fill_words():
         Affine(2, (8, 1)).encode(jnp.zeros((24, H)))
 
 
-@pytest.mark.parametrize("bits", [1, 3, 16])
+@pytest.mark.parametrize("bits", [0, 9, 16])
 def test_refuses_other_bits(bits):
     with pytest.raises(ValueError, match="bits must be one of"):
         Affine(bits, (32, 1))

@@ -18,6 +18,7 @@ METHODS = {
     "ott": kvq.ott(group_size=32, residual_length=16),
     "kivi-K4V2": kvq.kivi(bits=4, value_bits=2, group_size=64, residual_length=32),
     "kivi-g128": kvq.kivi(bits=8, group_size=128, value_group_size=32, residual_length=0),
+    "squat": kvq.squat(group_size=32, residual_length=16),
 }
 
 
@@ -70,5 +71,8 @@ def test_a_layout_that_can_not_hold_the_codes_is_refused(layout):
     method = dataclasses.replace(kvq.kivi(), layout=layout)
     with pytest.raises(ValueError, match=r"head_dim must be one of .* not 32"):
         method.init(kvq.CacheSpec(1, 1, 1024, 32))
+    method = dataclasses.replace(kvq.kivi(bits=3), layout="hopper")
+    with pytest.raises(ValueError, match=r"codes must be of \(2, 4, 8\) bits, not 3"):
+        method.init(kvq.CacheSpec(1, 1, 1024, 64))
     with pytest.raises((ValueError, TypeCheckError), match="paged"):
         dataclasses.replace(method, layout="paged")

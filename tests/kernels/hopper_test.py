@@ -8,6 +8,7 @@ import pytest
 
 from kvq_jax import CacheSpec
 from kvq_jax.codecs import Affine
+from kvq_jax.codecs.feedback import Feedback
 from kvq_jax.kernels.decode_attention import hopper
 
 CASES = [
@@ -99,6 +100,8 @@ def test_takes_no_more_bytes_than_the_codes():
         (32, 32, Affine(2, (32, 1)), Affine(2, (1, 32)), "head_dim must be one of"),
         (64, 16, Affine(2, (16, 1)), Affine(2, (1, 64)), "group_size must be one of"),
         (64, 32, Affine(2, (32, 1)), Affine(2, (1, 16)), "multiple of 32 channels, not 16"),
+        (64, 32, Affine(3, (32, 1)), Affine(2, (1, 32)), "codes must be of (2, 4, 8) bits, not 3"),
+        (64, 32, Feedback(2, (32, 1)), Affine(2, (1, 32)), None),
         (64, 32, Affine(2, (1, 32)), Affine(2, (1, 32)), "keys must be coded per channel"),
         (64, 32, Affine(2, (32, 1), jnp.bfloat16), Affine(2, (1, 32)), "scales must be float16"),
     ],

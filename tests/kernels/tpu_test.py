@@ -9,6 +9,7 @@ import pytest
 from kvq_jax import CacheSpec
 from kvq_jax.base import CodedSegment
 from kvq_jax.codecs import Affine
+from kvq_jax.codecs.feedback import Feedback
 from kvq_jax.kernels.decode_attention import plain, tpu
 
 CASES = [
@@ -142,6 +143,8 @@ def test_blocks_have_room_and_waste_little(num_tokens, head_dim):
         (32, 32, Affine(2, (32, 1)), Affine(2, (1, 32)), "head_dim must be one of"),
         (64, 16, Affine(2, (16, 1)), Affine(2, (1, 64)), "group_size must be one of"),
         (64, 32, Affine(2, (32, 1)), Affine(2, (1, 48)), "a divisor of 64, not 48"),
+        (64, 32, Affine(3, (32, 1)), Affine(2, (1, 32)), "codes must be of (2, 4, 8) bits, not 3"),
+        (64, 32, Feedback(2, (32, 1)), Affine(2, (1, 32)), None),
         (64, 32, Affine(2, (1, 32)), Affine(2, (1, 32)), "keys must be coded per channel"),
         (64, 32, Affine(2, (32, 1), jnp.bfloat16), Affine(2, (1, 32)), "scales must be float16"),
     ],
