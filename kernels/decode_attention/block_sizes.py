@@ -12,9 +12,9 @@ TUNED = pathlib.Path(__file__).parent / "tuned"
 
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
-# A model of an H200: bytes a second that one multiprocessor gets; how long it computes on a unit and
-# on a token of 128 channels; what a block of threads costs besides (queries, the dense segment, first
-# and last copies), and the launch that merges splits.
+# A model of an H200: bytes a second that one multiprocessor gets; how long it computes on a unit,
+# and on a token of 128 channels; what a block of threads costs besides (queries, the dense
+# segment, first and last copies), and the launch that merges splits.
 BYTES_PER_SECOND = 4.3e12 / MULTIPROCESSORS
 UNIT_SECONDS = 47e-9
 TOKEN_SECONDS = 2.3e-9

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, State
@@ -96,6 +97,15 @@ class Layered(CacheTransform):
                 for i, state in zip(layers, new, strict=True):
                     made[i] = LayeredState(state, kind)
         return tuple(made), dataclasses.replace(self, methods=tuple(methods))
+
+    def lacks_room(self, lengths: np.ndarray, num_tokens: int) -> bool:
+        """Whether one of the methods does; see `CacheTransform.lacks_room`."""
+        return any(method.lacks_room(lengths, num_tokens) for method in self.methods)
+
+    def with_room(self, num_tokens: int) -> "Layered":
+        """Returns the method of methods with room; see `CacheTransform.with_room`."""
+        methods = tuple(method.with_room(num_tokens) for method in self.methods)
+        return dataclasses.replace(self, methods=methods)
 
     def attend(
         self,
