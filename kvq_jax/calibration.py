@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import CacheTransform, Implementation, Params
+from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, Params
 from kvq_jax.codecs.base import Sample
-from kvq_jax.engines import Segments, Window
+from kvq_jax.engines import Window
 from kvq_jax.generation import generate
-from kvq_jax.methods.dense import Dense, DenseState, dense
+from kvq_jax.kernels.decode_attention import plain
+from kvq_jax.methods.dense import Dense, dense
 from kvq_jax.models import Decoder, DecoderConfig, Layer, LoadedModel, init_states
 from kvq_jax.models.layers import rope_frequencies
 from kvq_jax.sampling import Sampling
@@ -83,7 +84,13 @@ def calibrate(
     samples: list[list[tuple[np.ndarray, ...]]] = [[] for _ in decoder.layers]
     for i, window in enumerate(windows):
         at = np.sort(rng.choice(np.arange(skip_first, length), share, replace=False))
-        recorded = record(decoder, jnp.asarray(window)[None], method.pre_rope, method.needs_gradients)
+        recorded = record(
+            decoder,
+            jnp.asarray(window)[None],
+            pre_rope=method.pre_rope,
+            gradients=method.needs_gradients,
+            exact=method.residual_length + 1,
+        )
         for layer, arrays in zip(samples, recorded, strict=True):
             layer.append(tuple(np.asarray(x)[0][:, at].swapaxes(0, 1) for x in arrays))
         if on_progress:
@@ -150,52 +157,81 @@ def load_calibration(
     return Calibration(method, jax.tree.unflatten(jax.tree.structure(shapes), leaves), about)
 
 
+class _Recorded(NamedTuple):
+    """What a `_Recorder` keeps: keys and values with `added` to them, which is zeros."""
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    added: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+    length: Int[Array, " B"]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Recorder(Dense):
-    """A dense cache whose state adds to the keys and values that come.
+    """A dense cache that adds zeros to the keys and values that come, seen from far.
 
-    Of zeros in the state the loss has the gradients that it has of keys and values, so no model
-    needs to know of them.
+    Of these zeros the loss has the gradients that it has of keys and values which a cache reads
+    from codes, so no model needs to know of them.
 
     Args:
-      pre_rope: as the method that is to be fitted.
-      rope: of the model, if so.
+      exact: a query sees this many latest tokens, its own included, without what is added.
+      rope: of the model, for keys from before rotary embedding.
     """
 
-    pre_rope: bool = False
+    exact: int = 0
     rope: tuple[float, ...] | None = None
+    pre_rope: bool = dataclasses.field(init=False)
 
-    def extend(self, state: DenseState, k: Array, v: Array, lengths: Array | None) -> DenseState:
-        """Adds a whole window's."""
+    def __post_init__(self):
+        object.__setattr__(self, "pre_rope", self.rope is not None)
+
+    def init(self, spec: CacheSpec, layer: int | None = None) -> _Recorded:
+        """Returns an empty cache that adds zeros."""
+        zeros = super().init(spec, layer)
+        return _Recorded(zeros.keys, zeros.values, (zeros.keys, zeros.values), zeros.length)
+
+    def extend(self, state: _Recorded, k: Array, v: Array, lengths: Array | None) -> _Recorded:
+        """Takes a whole window's."""
         del lengths
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return DenseState(state.keys + k, state.values + v, state.length + k.shape[2])
-
-    def segments(self, state: DenseState) -> Segments:
-        """Returns the one dense segment."""
-        segments = super().segments(state)
-        if self.rope is None:
-            return segments
-        return segments._replace(rope=jnp.asarray(self.rope)[None])
+        added_k, added_v = state.added
+        k, v = (x.swapaxes(1, 2) for x in (k, v))
+        return state._replace(
+            keys=k + added_k, values=v + added_v, length=state.length + k.shape[2]
+        )
 
     def attend(
         self,
-        state: DenseState,
+        state: _Recorded,
         q: Float[Array, "B T N H"],
         *,
         sm_scale: float | None = None,
         sliding_window: int | None = None,
         implementation: Implementation | None = None,
     ) -> Float[Array, "B T N H"]:
-        """Attends by the implementation that has gradients."""
+        """Attends to all tokens twice, with and without what is added, and takes what counts."""
         del implementation
-        return super().attend(
-            state,
-            q,
-            sm_scale=sm_scale,
-            sliding_window=sliding_window,
-            implementation="reference",
-        )
+        batch, num_tokens, _, head_dim = q.shape
+        at = jnp.arange(num_tokens, dtype=jnp.int32)
+        distance = at[:, None] - at
+        near = distance < self.exact
+        visible = distance >= 0
+        if sliding_window is not None:
+            visible &= distance < sliding_window
+        scale = head_dim**-0.5 if sm_scale is None else sm_scale
+        rope = None if self.rope is None else jnp.asarray(self.rope)[None]
+        moved = KV(state.keys, state.values, at[None, None])
+        exact = KV(*(x - y for x, y in zip(moved, state.added, strict=False)), at[None, None])
+        moved, exact = (plain.turned(x, rope) for x in (moved, exact))
+        q = q.reshape(batch, num_tokens, moved.keys.shape[1], -1, head_dim)
+        with jax.default_matmul_precision("highest"):
+            scores = jnp.where(
+                near, *(jnp.einsum("btkgh,bksh->bkgts", q, x.keys) for x in (exact, moved))
+            )
+            scores = jnp.where(visible, scores.astype(jnp.float32) * scale, -jnp.inf)
+            weights = jax.nn.softmax(scores).astype(q.dtype)
+            parts = (weights * near, exact), (weights * ~near, moved)
+            out = sum(jnp.einsum("bkgts,bksh->btkgh", x, kv.values) for x, kv in parts)
+        return out.reshape(batch, num_tokens, -1, head_dim)
 
 
 # A layer at a time: one compilation serves all layers, and backwards each computes anew what it
@@ -204,7 +240,12 @@ _run_layer = jax.jit(jax.checkpoint(Layer.__call__, static_argnums=4), static_ar
 
 
 def record(
-    decoder: Decoder, tokens: Int[Array, "1 T"], pre_rope: bool, gradients: bool
+    decoder: Decoder,
+    tokens: Int[Array, "1 T"],
+    *,
+    pre_rope: bool,
+    gradients: bool,
+    exact: int = 0,
 ) -> list[tuple[Array, ...]]:
     """Returns keys and values `1 K T H` of each layer.
 
@@ -213,28 +254,25 @@ def record(
       tokens: a window of text.
       pre_rope: keys from before rotary embedding.
       gradients: return those of the loss with respect to both as well.
+      exact: gradients are without what a query sees in so many latest tokens, its own included.
     """
     config = decoder.config
-    rope = tuple(rope_frequencies(config).tolist()) if pre_rope else None
-    recorder = _Recorder(pre_rope, rope)
-    states = init_states(config, recorder, 1, tokens.shape[1], decoder.dtype)
-    length = states[0].length
+    recorder = _Recorder(exact, tuple(rope_frequencies(config).tolist()) if pre_rope else None)
+    empty = init_states(config, recorder, 1, tokens.shape[1], decoder.dtype)
 
     def loss(zeros: list[tuple[Array, Array]]):
-        start = tuple(DenseState(k, v, length) for k, v in zeros)
+        start = tuple(x._replace(added=added) for x, added in zip(empty, zeros, strict=True))
         hidden, states = decoder(tokens, start, recorder, run_layer=_run_layer)
         if not gradients:
             return jnp.zeros(()), states
         log_p = jax.nn.log_softmax(decoder.logits(hidden[:, :-1]))
         return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).sum(), states
 
-    zeros = [(state.keys, state.values) for state in states]
+    zeros = [state.added for state in empty]
     if not gradients:
         return [(state.keys, state.values) for state in loss(zeros)[1]]
     (_, states), slopes = jax.value_and_grad(loss, has_aux=True)(zeros)
-    return [
-        (state.keys, state.values, *slope) for state, slope in zip(states, slopes, strict=True)
-    ]
+    return [(state.keys, state.values, *slope) for state, slope in zip(states, slopes, strict=True)]
 
 
 def sample_texts(

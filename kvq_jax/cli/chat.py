@@ -25,6 +25,7 @@ def chat(
     group_size: options.GroupSize = None,
     residual_length: options.ResidualLength = None,
     num_outliers: options.NumOutliers = None,
+    calibrations: options.Calibrations = None,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -46,6 +47,7 @@ def chat(
     )
     sampling = options.make_sampling(temperature, top_k, top_p, min_p)
     loaded = terminal.load_model(model, dtype)
+    caches, params = options.load_fitted(calibrations, {method: cache}, loaded.config)
 
     from kvq_jax.generation import generate
 
@@ -80,7 +82,8 @@ def chat(
             return generate(
                 loaded,
                 [ids],
-                method=cache,
+                method=caches[method],
+                params=params.get(method),
                 max_new_tokens=min(max_new_tokens, room),
                 sampling=sampling,
                 seed=seed + len(ids),

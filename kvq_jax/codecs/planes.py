@@ -244,13 +244,15 @@ def _search(z: Float[Array, "n D"]) -> tuple[Array, Array, Array]:
         error = jnp.square(u - offset - step * levels(offset, step, top)).mean(0)
         return offset, step, error
 
-    found = [(jnp.zeros_like(mean), jnp.ones_like(mean), jnp.square(u).mean(0))]
-    for bits, step in enumerate(_STEPS, 1):
-        cases = step * jnp.asarray(_STRETCH), jnp.full(len(_STRETCH), 2.0**bits - 1)
-        tried = jax.lax.map(start, cases)
-        best = tried[2].argmin(0)
-        found.append(tuple(x[best, jnp.arange(len(mean))] for x in tried))
-    offset, step, error = (jnp.stack(x) for x in zip(*found, strict=True))
+    cases = [(step * by, 2**bits - 1) for bits, step in enumerate(_STEPS, 1) for by in _STRETCH]
+    tried = jax.lax.map(start, tuple(jnp.asarray(x, jnp.float32) for x in zip(*cases, strict=True)))
+    tried = [x.reshape(MOST_BITS, len(_STRETCH), -1) for x in tried]
+    best = tried[2].argmin(1, keepdims=True)
+    nothing = jnp.zeros_like(mean), jnp.ones_like(mean), jnp.square(u).mean(0)
+    offset, step, error = (
+        jnp.concatenate([without[None], jnp.take_along_axis(x, best, 1)[:, 0]])
+        for without, x in zip(nothing, tried, strict=True)
+    )
     return mean + offset * spread, step * spread, error * jnp.square(spread)
 
 
@@ -288,15 +290,16 @@ def make_params(
     analysis = latents.analysis[:, channels].astype(jnp.bfloat16)
     synthesis = latents.synthesis[channels].astype(jnp.bfloat16)
     offset, step = (x[channels, bits].astype(np.float32) for x in (latents.offset, latents.step))
-    shift = [np.arange(b) for b in bits] + [np.full(filling, _NO_BIT)]
+    channel = np.repeat(np.arange(len(bits)), bits)
+    shift = np.concatenate([np.arange(b) for b in [*bits, 0]])
     params = PlanesParams(
         mean=latents.mean.astype(np.float32),
         analysis=analysis,
         offset=offset,
         step=step,
         top=(2**bits - 1).astype(np.uint8),
-        channel=np.append(np.repeat(np.arange(len(bits)), bits), np.zeros(filling)).astype(np.int16),
-        shift=np.concatenate(shift).astype(np.uint8),
+        channel=np.pad(channel, (0, filling)).astype(np.int16),
+        shift=np.pad(shift, (0, filling), constant_values=_NO_BIT).astype(np.uint8),
         constant=(latents.mean + offset @ synthesis.astype(np.float32)).astype(np.float32),
         synthesis=synthesis,
     )
