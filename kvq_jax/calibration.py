@@ -229,8 +229,11 @@ class _Recorder(Dense):
             )
             scores = jnp.where(visible, scores.astype(jnp.float32) * scale, -jnp.inf)
             weights = jax.nn.softmax(scores).astype(q.dtype)
-            parts = (weights * near, exact), (weights * ~near, moved)
-            out = sum(jnp.einsum("bkgts,bksh->btkgh", x, kv.values) for x, kv in parts)
+            parts = (near, exact), (~near, moved)
+            out = sum(
+                jnp.einsum("bkgts,bksh->btkgh", jnp.where(mask, weights, 0), x.values)
+                for mask, x in parts
+            )
         return out.reshape(batch, num_tokens, -1, head_dim)
 
 

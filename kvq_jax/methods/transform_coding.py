@@ -44,7 +44,7 @@ from kvq_jax.engines.window import Window
 class TransformCoding(Window):
     """See `transform_coding`."""
 
-    bits: float = 2.25
+    bits: int | float = 2.25
     value_weight: float = 2.0
 
     def __post_init__(self):
@@ -92,7 +92,7 @@ class TransformCoding(Window):
 
 def transform_coding(
     *,
-    bits: float = 2.25,
+    bits: int | float = 2.25,
     value_weight: float = 2.0,
     weighs: bool = True,
     num_sinks: int = 1,
