@@ -25,6 +25,7 @@ def test_json_says_what_measure_says(kvq, tiny, text_file):
         assert set(row) == {
             "method",
             "bits_per_element",
+            "shared_bytes",
             "context",
             "tokens",
             "perplexity",
@@ -60,6 +61,26 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(kvq, tiny, text_file, 
     assert 0 < json.loads(result.out)[0]["kl"] < 1
     text = kvq("generate", "abc", "--model", tiny, "--method", "cq", *options[2:])
     assert text.code == 0, text.err
+
+
+def test_recommended_is_fitted_to_what_the_model_draws(kvq, tiny, text_file, tmp_path, monkeypatch):
+    """The method as fitted is what eval, generate and chat run."""
+    folder, sizes = tmp_path / "fitted", ("--model", tiny, "--context", 97, "--windows", 2)
+    made = kvq("calibrate", "--out", folder, *sizes, "--bits", 3.5)
+    assert made.code == 0, made.err
+    options = ("--bits", 3.5, "--calibrations", folder)
+    result = kvq("eval", text_file, "--methods", "recommended", *sizes, "--skip", 40, *options)
+    assert result.code == 0, result.err
+    assert "recommended" in result.out and "KiB" in result.out  # what all rows share
+    text = kvq("generate", "abc", "--model", tiny, "--method", "recommended", *options)
+    assert text.code == 0, text.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    talk = ("chat", "--model", tiny, "--method", "recommended", "--max-new-tokens", 3)
+    assert kvq(*talk, *options).code == 0
+    wrong = kvq("chat", "--model", tiny, "--method", "recommended")
+    assert wrong.code == 2 and "recommended must be fitted to a text" in wrong.err
+    other = kvq("generate", "abc", "--model", tiny, "--method", "recommended", *options[2:])
+    assert other.code == 1 and "was fitted for the method" in other.err
 
 
 def test_table_gzip_and_stdin(kvq, tiny, text_file, tmp_path, monkeypatch):
