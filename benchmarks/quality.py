@@ -6,8 +6,8 @@
 Any text will do; the recorded figures are of the Debian Administrator's Handbook (from Debian's
 package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
 first of the text, one after the other; the first 128 predictions of each are not scored. Bits per
-element count everything, at a length of 4096 with bfloat16 for what is dense, but for what is fitted
-to texts and shared by all rows.
+element count everything, at a length of 4096 with bfloat16 for what is dense; but what is fitted to
+texts and shared by all rows is told in bytes.
 
 The rows "peer ..." check the measuring itself. They are a second, slow account of KIVI with the
 windows of its authors' code (keys are coded 128 at a time, values one by one), made of dense

@@ -16,8 +16,8 @@ Differs from the paper: directions and bits are of the metric of the loss's grad
 distance; a layer at a time; bits are of single channels, found greedily, and levels are not
 entropy coded, so that every token has one size; tokens are coded as they come.
 
-Bytes of the state of a row, C coded slots (capacity less the window, in whole blocks), P_k and P_v
-planes of the layer's keys and values (at most bits K H each in the mean over layers), W =
+Bytes of a state of one row, C coded slots (capacity less the window, in whole blocks), P_k and P_v
+planes of the layer's keys and values (in the mean over all layers at most bits K H), W =
 group_size + residual_length, s = num_sinks, d bytes a dense element:
 
     C (P_k + P_v) / 8 + K (2 (W + s) H d + 8 s + 5) + 2 H

@@ -66,9 +66,10 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(kvq, tiny, text_file, 
 def test_recommended_is_fitted_to_what_the_model_draws(kvq, tiny, text_file, tmp_path, monkeypatch):
     """The method as fitted is what eval, generate and chat run."""
     folder, sizes = tmp_path / "fitted", ("--model", tiny, "--context", 97, "--windows", 2)
-    made = kvq("calibrate", "--out", folder, *sizes, "--bits", 3.5)
+    both = ("--methods", "recommended,transform_coding", "--bits", 3.5)
+    made = kvq("calibrate", "--out", folder, *sizes, *both)
     assert made.code == 0, made.err
-    options = ("--bits", 3.5, "--calibrations", folder)
+    options = ("--calibrations", folder)
     result = kvq("eval", text_file, "--methods", "recommended", *sizes, "--skip", 40, *options)
     assert result.code == 0, result.err
     assert "recommended" in result.out and "KiB" in result.out  # what all rows share
@@ -79,7 +80,8 @@ def test_recommended_is_fitted_to_what_the_model_draws(kvq, tiny, text_file, tmp
     assert kvq(*talk, *options).code == 0
     wrong = kvq("chat", "--model", tiny, "--method", "recommended")
     assert wrong.code == 2 and "recommended must be fitted to a text" in wrong.err
-    other = kvq("generate", "abc", "--model", tiny, "--method", "recommended", *options[2:])
+    coarser = ("--method", "transform_coding", "--bits", 3)
+    other = kvq("generate", "abc", "--model", tiny, *coarser, *options)
     assert other.code == 1 and "was fitted for the method" in other.err
 
 
