@@ -128,30 +128,34 @@ def version() -> str:
 
 def baseline(chip: str) -> dict:
     """Simulates the kernel on a dense cache, of one head: with more the simulation dies."""
-    shape = Shape(None, num_kv_heads=1)
+    _, pair = tile_pair(chip, Shape(None, num_kv_heads=1))
+    print(
+        f"{chip} bf16: a tile pair {pair['simulated']:.1f} cycles simulated,"
+        f" {pair['memory']:.1f} of memory"
+    )
+    return pair
+
+
+def tile_pair(chip: str, shape: Shape) -> tuple[aot.Schedule, dict]:
+    """Simulates a launch, and what one more tile of keys and values adds to it."""
     whole, twice = (simulate(chip, shape, n) for n in (TOKENS, 2 * TOKENS))
     bandwidth, clock = CHIPS[chip]
-    simulated = (twice.cycles - whole.cycles) / (shape.pairs_a_token * TOKENS)
-    read = shape.bytes_a_token / shape.pairs_a_token / bandwidth * clock
-    print(f"{chip} bf16: a tile pair {simulated:.1f} cycles simulated, {read:.1f} of memory")
-    return {"simulated": simulated, "memory": read}
+    return whole, {
+        "simulated": (twice.cycles - whole.cycles) / (shape.pairs_a_token * TOKENS),
+        "memory": shape.bytes_a_token / shape.pairs_a_token / bandwidth * clock,
+    }
 
 
 def kernel(chip: str, shape: Shape, base: dict) -> dict:
     """Returns the figures of one shape."""
     row = {"chip": chip} | dataclasses.asdict(shape)
     try:
-        whole, twice = (simulate(chip, shape, n) for n in (TOKENS, 2 * TOKENS))
+        whole, pair = tile_pair(chip, shape)
     except aot.CompileError as error:
         reason = str(error).splitlines()[-1]
         print(f"{chip} {shape}: not simulated: {reason[:160]}")
         return row | {"error": reason}
-    bandwidth, clock = CHIPS[chip]
     pairs = shape.pairs_a_token * TOKENS
-    pair = {
-        "simulated": (twice.cycles - whole.cycles) / pairs,
-        "memory": shape.bytes_a_token / shape.pairs_a_token / bandwidth * clock,
-    }
     unit = max(whole.uses, key=lambda name: whole.uses[name] / whole.capacity[name])
     row |= {
         "bundles": whole.bundles,

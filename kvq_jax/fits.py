@@ -175,8 +175,8 @@ def _as_on_tpu(config: DecoderConfig, method: CacheTransform, dtype: Any) -> Cac
         return method
     spec = CacheSpec(1, config.num_kv_heads, 1, config.head_dim, dtype)
     codecs = method.key_codec, method.value_codec
-    usable = spec.dtype == jnp.bfloat16 and not tpu.reason_against(spec, *codecs, method.group_size)
-    return dataclasses.replace(method, layout="tpu" if usable else "plain")
+    suits = tpu.suits(spec, *codecs, method.group_size)
+    return dataclasses.replace(method, layout="tpu" if suits else "plain")
 
 
 def abstract_decoder(config: DecoderConfig, dtype: Any) -> Decoder:

@@ -88,6 +88,11 @@ def test_keys_before_rope_and_layers_that_differ(answer):
     assert answer("v6e", WEIGHTS + 12 * GIB, kvq_jax.kvquant()).max_context >= 131072
 
 
+def test_heads_that_share_a_basis_stay_on_one_chip(answer):
+    for method, num_devices in ((kvq_jax.svdq(), None), (kvq_jax.cq(), 2)):
+        assert answer("v5e", WEIGHTS + 8 * GIB, method).num_devices == num_devices
+
+
 def test_the_step_is_that_of_generation(getkey):
     from flax import nnx
 

@@ -32,7 +32,7 @@ assert jax.device_count() == 2
 mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
 k, v, q = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 150, 4, 32), np.float32))
 ones = jnp.ones((1, 150), bool)
-for method in (kvq.ott(group_size=32), kvq.dense(), kvq.kvquant()):
+for method in (kvq.ott(group_size=32), kvq.dense(), kvq.cq(iterations=3)):
     sharded = kvq.Sharded(method)
     assert sharded.pre_rope == method.pre_rope and sharded.needs_prompt == method.needs_prompt
     rope = tuple(0.5**i for i in range(16)) if method.pre_rope else None
@@ -83,6 +83,12 @@ def test_the_axis_of_the_heads_is_found():
     assert state.keys == state.values == state.coded.keys.words == heads
     assert set(state.pool) == {heads}
     assert state.length == state.coded.block_table == state.coded.num_coded == PartitionSpec()
+
+    spec = dataclasses.replace(spec, rope=(1.0,) * 32)
+    state = kvq.Sharded(kvq.kvquant()).partition_specs(spec)
+    levels, *ranges = state.fitted.key_codec.value  # one table for all heads, ranges of each
+    assert ranges == [heads, heads]
+    assert levels == state.rope == PartitionSpec()
 
 
 def test_what_heads_share_is_refused():

@@ -8,7 +8,7 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kvq_jax.base import KV, CodedSegment, Implementation, RingKV
 from kvq_jax.codecs.affine import Affine
@@ -78,10 +78,11 @@ def decode_attention(
     if implementation is None:
         implementation, reason = _best(q, coded, rope)
         log.info("decode_attention of %s runs as %s: %s", q.shape, implementation, reason)
-    if implementation in _KERNELS and (reason := _against(implementation, q, coded, rope)):
-        raise NotImplementedError(f"{implementation} can't serve this call: {reason}")
-    if implementation == "mosaic_gpu":
-        return mosaic_gpu.decode_attention(
+    if implementation in _KERNELS:
+        kernel, *_ = _KERNELS[implementation]
+        if reason := _against(kernel, q, coded, rope):
+            raise NotImplementedError(f"{implementation} can't serve this call: {reason}")
+        return kernel.decode_attention(
             q,
             length,
             dense,
@@ -92,22 +93,11 @@ def decode_attention(
             sliding_window=sliding_window,
             capacity=capacity,
         )
-    if implementation == "mosaic_tpu":
-        out = mosaic_tpu.decode_attention(
-            q,
-            length,
-            dense,
-            coded,
-            key_codec if isinstance(key_codec, Affine) else None,
-            value_codec if isinstance(value_codec, Affine) else None,
-            sm_scale=sm_scale,
-            sliding_window=sliding_window,
-        )
-        return out if capacity is None else _spoilt(out, length > capacity)
     if isinstance(dense, RingKV):
         dense = dense.located(length)
     if capacity is not None:
-        q = _spoilt(q, length > capacity)
+        overflow = (length > capacity)[:, None, None, None]
+        q = jnp.where(overflow, jnp.asarray(jnp.nan, q.dtype), q)
     if implementation == "xla":
         return xla.decode_attention(
             q,
@@ -132,28 +122,22 @@ def decode_attention(
 
 
 def _against(
-    name: Implementation, q: Array, coded: CodedSegment | None, rope: Array | None
+    kernel: ModuleType, q: Array, coded: CodedSegment | None, rope: Array | None
 ) -> str | None:
     """Returns why a fused kernel can't serve a call, or None if it can."""
     if rope is not None:
         return "it reads keys as they are, not from before rotary embedding"
-    kernel, *_ = _KERNELS[name]
     return kernel.reason_against(q, coded)
 
 
 def _best(q: Array, coded: CodedSegment | None, rope: Array | None) -> tuple[Implementation, str]:
     """Returns the best implementation for a call and why."""
-    for name, (_, layout, machine) in _KERNELS.items():
+    for name, (kernel, layout, machine) in _KERNELS.items():
         if layout.available():
-            if reason := _against(name, q, coded, rope):
+            if reason := _against(kernel, q, coded, rope):
                 return "xla", f"of {name}, {reason}"
             return name, f"it is the fastest on {machine}"
     return "xla", "there is no Hopper GPU and no TPU"
-
-
-def _spoilt(x: Float[Array, "B T N H"], where: Bool[Array, " B"]) -> Float[Array, "B T N H"]:
-    """Returns x with NaN in some rows."""
-    return jnp.where(where[:, None, None, None], jnp.asarray(jnp.nan, x.dtype), x)
 
 
 def concatenate(*segments: KV) -> KV:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layouts of the fused kernels have in common: the codes they can hold."""
+"""What the fused kernels and their layouts have in common: what they can hold and serve."""
+
+from collections.abc import Collection
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from kvq_jax.base import CacheSpec
+from kvq_jax.base import CacheSpec, CodedSegment
 from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.base import Codec
 
 BITS = (2, 4, 8)
 HEAD_DIMS = (64, 128, 256)
 GROUP_SIZES = (32, 64, 128)
+MAX_TOKENS = 8
 
 
 def reason_against(
@@ -43,4 +47,32 @@ def reason_against(
         return f"head_dim must be one of {HEAD_DIMS}, not {spec.head_dim}"
     if group_size not in GROUP_SIZES:
         return f"group_size must be one of {GROUP_SIZES}, not {group_size}"
+    return None
+
+
+def reason_against_call(
+    q: Float[Array, "B T N H"],
+    coded: CodedSegment | None,
+    *,
+    dtypes: Collection[str],
+    layout: str,
+    code: type,
+) -> str | None:
+    """Returns why such a kernel can't serve a call, or None if it can.
+
+    Args:
+      q: queries.
+      coded: tokens kept as codes, if there are any.
+      dtypes: that it computes in.
+      layout: that it reads.
+      code: of this layout.
+    """
+    if q.dtype.name not in dtypes:
+        return f"it computes in {' or '.join(dtypes)}, not {q.dtype}"
+    if q.shape[1] > MAX_TOKENS:
+        return f"it takes up to {MAX_TOKENS} tokens at a time, not {q.shape[1]}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head_dim must be one of {HEAD_DIMS}, not {q.shape[3]}"
+    if coded is not None and not isinstance(coded.keys, code):
+        return f'the codes are not in the "{layout}" layout'
     return None

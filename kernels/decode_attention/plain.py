@@ -44,18 +44,14 @@ def init(
       num_tokens: tokens that a row can hold at the least.
       layout: None takes the best that can hold these codes on this machine.
     """
-    reasons = {
-        module.__name__.rpartition(".")[2]: module.reason_against(
-            spec, key_codec, value_codec, group_size
-        )
-        for module in (hopper, tpu)
-    }
+    given = spec, key_codec, value_codec, group_size
+    reasons = {"hopper": hopper.reason_against(*given), "tpu": tpu.reason_against(*given)}
     if layout is None:
         # What the kernels do not compute in is read faster from plain codes.
         layout = "plain"
         if hopper.available() and spec.dtype.itemsize == 2 and not reasons["hopper"]:
             layout = "hopper"
-        if tpu.available() and spec.dtype == jnp.bfloat16 and not reasons["tpu"]:
+        if tpu.available() and tpu.suits(*given):
             layout = "tpu"
     if reason := reasons.get(layout):
         raise ValueError(f"the {layout} layout can't hold these codes: {reason}")

@@ -70,9 +70,24 @@ def available() -> bool:
     return True
 
 
+def num_halves(head_dim: int) -> int:
+    """Returns how many groups of 128 tokens of a tile lie beside each other."""
+    return max(1, LANES // head_dim)
+
+
+def num_chunks(head_dim: int) -> int:
+    """Returns how many groups of 128 channels of a tile lie beneath each other."""
+    return max(1, head_dim // LANES)
+
+
 def tile_tokens(head_dim: int) -> int:
     """Returns the tokens of a tile."""
-    return LANES * max(1, LANES // head_dim)
+    return LANES * num_halves(head_dim)
+
+
+def word_rows(bits: int) -> int:
+    """Returns the rows of words that 128 rows of codes are packed into."""
+    return LANES * bits // packing.WORD_BITS
 
 
 def block_sizes(num_tokens: int, head_dim: int) -> list[int]:
@@ -97,6 +112,12 @@ def reason_against(
     return layouts.reason_against(spec, key_codec, value_codec, group_size)
 
 
+def suits(spec: CacheSpec, key_codec: Codec, value_codec: Codec, group_size: int) -> bool:
+    """Returns whether a TPU's cache is to have this layout: others are read faster from plain."""
+    reason = reason_against(spec, key_codec, value_codec, group_size)
+    return spec.dtype == jnp.bfloat16 and not reason
+
+
 def from_codes(keys: AffineCode, values: AffineCode) -> tuple[TpuCode, TpuCode]:
     """Returns codes of the groups of blocks, `[*d, n, ...]`, in the order of the layout."""
 
@@ -115,12 +136,12 @@ def to_codes(
 ) -> tuple[AffineCode, AffineCode]:
     """Undoes `from_codes`."""
     head_dim, num_tiles, group_size = keys.head_dim, keys.num_tiles, key_codec.tile[0]
-    halves, chunks = _halves(head_dim), _chunks(head_dim)
+    halves, chunks = num_halves(head_dim), num_chunks(head_dim)
     batch = keys.words.shape[:-2]
     groups = (*batch, num_tiles * tile_tokens(head_dim) // group_size)
 
     def split(code: TpuCode, bits: int) -> tuple[Array, Array]:
-        count = num_tiles * chunks * LANES * bits // packing.WORD_BITS
+        count = num_tiles * chunks * word_rows(bits)
         words, scales = code.words[..., :count, :], code.words[..., count:, :]
         return _unpack(words.reshape(*batch, num_tiles, chunks, -1, LANES), bits), scales
 
@@ -227,7 +248,7 @@ def _integers(code: AffineCode) -> tuple[Array, Array, Array]:
 def _keys(words: Array, scale: Array, minimum: Array, group_size: int) -> tuple[Array, Array]:
     """Returns words `[*d, tiles, R, 128]` and scales `[*d, groups, tiles, 1, 128]` of keys."""
     *batch, num_groups, rows, head_dim = words.shape
-    halves, chunks = _halves(head_dim), _chunks(head_dim)
+    halves, chunks = num_halves(head_dim), num_chunks(head_dim)
     bits = packing.WORD_BITS * rows // group_size
     num_tiles = num_groups * group_size // tile_tokens(head_dim)
     fields = packing.unpack(words, bits).reshape(*batch, num_tiles, halves, LANES, head_dim)
@@ -242,7 +263,7 @@ def _values(words: Array, scale: Array, minimum: Array) -> tuple[Array, Array]:
     """Returns words `[*d, tiles, R, 128]` and scales `[*d, groups, tiles, halves, 128]`."""
     *batch, num_groups, rows, head_dim = words.shape
     group_size, channel_groups = scale.shape[-2:]
-    halves, chunks = _halves(head_dim), _chunks(head_dim)
+    halves, chunks = num_halves(head_dim), num_chunks(head_dim)
     bits = packing.WORD_BITS * rows // group_size
     num_tiles = num_groups * group_size // tile_tokens(head_dim)
     fields = packing.unpack(words, bits)
@@ -253,16 +274,6 @@ def _values(words: Array, scale: Array, minimum: Array) -> tuple[Array, Array]:
     return _pack(fields, bits), jnp.moveaxis(pairs, -1, -4)
 
 
-def _halves(head_dim: int) -> int:
-    """Returns how many groups of 128 tokens of a tile lie beside each other."""
-    return max(1, LANES // head_dim)
-
-
-def _chunks(head_dim: int) -> int:
-    """Returns how many groups of 128 channels of a tile lie beneath each other."""
-    return max(1, head_dim // LANES)
-
-
 def _pair(low: UInt[Array, "*d"], high: UInt[Array, "*d"]) -> Int32[Array, "*d"]:
     pair = low.astype(jnp.uint32) | high.astype(jnp.uint32) << 16
     return jax.lax.bitcast_convert_type(pair, jnp.int32)
@@ -271,7 +282,7 @@ def _pair(low: UInt[Array, "*d"], high: UInt[Array, "*d"]) -> Int32[Array, "*d"]
 def _order(bits: int) -> tuple[int, int, int]:
     """Returns fields of an operand, rows of words and operands of a word: how 128 rows are cut."""
     operands = packing.WORD_BITS // operand_bits(bits)
-    return operand_bits(bits) // bits, LANES * bits // packing.WORD_BITS, operands
+    return operand_bits(bits) // bits, word_rows(bits), operands
 
 
 def _pack(fields: Array, bits: int) -> Int32[Array, "*d R 128"]:

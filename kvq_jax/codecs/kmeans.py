@@ -26,16 +26,19 @@ def kmeans(
 
     def draw(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         centroids, distance = carry
-        logits = jnp.log(weights) + jnp.log(distance)
-        new = points[jax.random.categorical(jax.random.fold_in(jax.random.key(0), i), logits)]
+        mass = jnp.cumsum(weights * distance)  # one random number a draw, not one for each point
+        at = mass[-1] * jax.random.uniform(jax.random.fold_in(jax.random.key(0), i))
+        new = jnp.take(points, jnp.searchsorted(mass, at, side="right"), axis=0, mode="clip")
         distance = jnp.minimum(distance, jnp.square(points - new).sum(-1))
         return centroids.at[i].set(new), distance
 
     def move(_, centroids: Array) -> Array:
         cross = jnp.einsum("nc,kc->nk", points, centroids, precision="highest")
-        nearest = (jnp.square(centroids).sum(-1) - 2 * cross).argmin(-1)
-        mass = jnp.zeros(num_centroids).at[nearest].add(weights)
-        total = jnp.zeros_like(centroids).at[nearest].add(weights[:, None] * points)
+        distance = jnp.square(centroids).sum(-1) - 2 * cross
+        # Sums as products of matrices: of the ten times slower argmin and scatter only ties differ.
+        nearest = distance == distance.min(-1, keepdims=True)
+        share = jnp.where(nearest, weights[:, None], 0)
+        mass, total = share.sum(0), jnp.einsum("nk,nc->kc", share, points, precision="highest")
         return jnp.where(mass[:, None] > 0, total / jnp.maximum(mass, 1e-30)[:, None], centroids)
 
     start = jnp.zeros((num_centroids, points.shape[1])), jnp.ones(len(points))

@@ -48,7 +48,9 @@ def test_json_says_what_measure_says(kvq, tiny, text_file):
     assert coded["perplexity"] == pytest.approx(expected.perplexity)
 
 
-def test_methods_that_need_texts_get_what_calibrate_wrote(kvq, tiny, text_file, tmp_path):
+def test_methods_that_need_texts_get_what_calibrate_wrote(
+    kvq, tiny, text_file, tmp_path, monkeypatch
+):
     sizes = ("--model", tiny, "--context", 97, "--windows", 2)
     wrong = kvq("eval", text_file, "--methods", "svdq,cq", *sizes, "--skip", 40)
     assert wrong.code == 2 and "cq must be fitted to a text" in wrong.err
@@ -59,8 +61,14 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(kvq, tiny, text_file, 
     result = kvq("eval", text_file, *options, *sizes, "--skip", 40)
     assert result.code == 0, result.err
     assert 0 < json.loads(result.out)[0]["kl"] < 1
-    text = kvq("generate", "abc", "--model", tiny, "--method", "cq", *options[2:])
-    assert text.code == 0, text.err
+    options = ("--model", tiny, "--method", "cq", *options[2:-1], "--max-new-tokens", 6)
+    made = kvq("generate", "abc", "--chat", *options, "--json")
+    assert made.code == 0, made.err
+    for given, code in ((options, 0), (options[:4], 2)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n"))
+        said = kvq("chat", *given)
+        assert said.code == code, said.err
+        assert said.out == (f"{json.loads(made.out)['text']}\n\n" if code == 0 else "")
 
 
 def test_recommended_is_fitted_to_what_the_model_draws(kvq, tiny, text_file, tmp_path, monkeypatch):
@@ -117,7 +125,7 @@ def test_progress_counts_up(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--methods", "dense,foo"), "unknown method 'foo': choose from cq, decoquant, dense"),
+        (("--methods", "dense,foo"), "unknown method 'foo': choose from adaquant, cq, "),
         (("--methods", "dense,kivi", "--num-outliers", 3), "dense, kivi do not take --num-outli"),
         (("--bits", 16), "bits must be one of (1, 2, 3, 4, 5, 6, 7, 8), got 16"),
         (("--context", 129), "--skip 128 leaves nothing to score of --context 129"),

@@ -5,11 +5,15 @@ import platform
 import shutil
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import kvq_jax
 from kvq_jax import aot
 from kvq_jax.cli.fits import advice
 from kvq_jax.fits import Fit
+from kvq_jax.models import init_states, load_config
 
 # There is no libtpu for other machines.
 pytestmark = pytest.mark.skipif(
@@ -44,6 +48,20 @@ def test_what_fits_as_json(kvq, config_only):
     assert fit["compiled"]["argument_bytes"] >= fit["weights_bytes"] + fit["cache_bytes"]
     assert fit["compiled"]["alias_bytes"] >= fit["cache_bytes"]
     assert "hlo" not in fit["compiled"]
+
+
+@pytest.mark.parametrize("name", ["svdq", "cq"])
+def test_what_fits_of_keys_from_before_rope(kvq, config_only, name):
+    """In codes that no kernel reads, and with what is fitted to a prompt or to texts."""
+    options = ("--model", config_only, "--method", name, "--chip", "v5e", "--json")
+    result = kvq("fits", *options, "--context", 512)
+    assert (result.code, result.err) == (0, "")
+    fit = json.loads(result.out)
+    config, method = load_config(config_only), getattr(kvq_jax, name)()
+    states = jax.eval_shape(lambda: init_states(config, method, 1, 512, jnp.bfloat16))
+    assert fit["fits"]
+    assert fit["cache_bytes"] == kvq_jax.nbytes(states)
+    assert fit["compiled"]["argument_bytes"] >= fit["weights_bytes"] + fit["cache_bytes"]
 
 
 def test_what_does_not_fit_exits_1(kvq, config_only):

@@ -70,6 +70,8 @@ def test_kmeans_finds_clusters_and_minds_weights(getkey):
     for weight, at in ((1.0, 5.0), (9.0, 9.0)):
         weights = jnp.where(jnp.arange(100) < 50, 1.0, weight)
         np.testing.assert_allclose(kmeans(points, weights, 1, 3)[0, 0], at, atol=0.1)
+    # Of more centroids than points each point is one.
+    np.testing.assert_array_equal(np.unique(kmeans(centers, None, 7, 3), axis=0).shape, (4, 2))
 
 
 def test_fitted_centroids_are_better_together(getkey):

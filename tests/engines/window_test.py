@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A window's groups: however many are coded together, and whenever their room is made."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import kvq_jax as kvq
+from kvq_jax.codecs.frames import Hadamard
 from kvq_jax.engines import window
 
 GROUP, B, K, H, LAYERS = 32, 2, 2, 64, 3
@@ -18,10 +20,10 @@ METHODS = {
     "ott-tight": kvq.ott(group_size=GROUP, residual_length=40, num_outliers=4, num_auxiliary=3),
     "no-residual": kvq.ott(group_size=GROUP, residual_length=0),
     "many-sinks": kvq.sink(group_size=GROUP, residual_length=16, num_sinks=GROUP + 5),
-    "rotated": kvq.tokennorm(
-        group_size=GROUP, residual_length=16, tracer=kvq.OutlierTracer(score="l2")
+    "fitted-in-a-frame": dataclasses.replace(
+        kvq.squat(group_size=GROUP, residual_length=16, tracer=kvq.OutlierTracer(score="l2")),
+        key_frame=Hadamard(),
     ),
-    "fitted": kvq.squat(group_size=GROUP, residual_length=16, tracer=kvq.OutlierTracer()),
     "dense": kvq.dense(),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -67,8 +69,7 @@ def step(method, states, k, v, *, ahead):
         ("many-sinks", 1),
         ("kivi", 5),
         ("ott-tight", 5),
-        ("rotated", 5),
-        ("fitted", 5),
+        ("fitted-in-a-frame", 5),
     ],
 )
 def test_room_made_ahead_changes_nothing(name, num_tokens, monkeypatch):

@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 from kvq_jax import decode_attention
 from kvq_jax.base import KV, CodedSegment
 from kvq_jax.codecs import Affine
-from kvq_jax.kernels.decode_attention import plain, reference
+from kvq_jax.kernels.decode_attention import api, plain, reference
 
 BATCH, SLOTS, BLOCKS = 3, 40, 3
 
@@ -31,6 +31,7 @@ class Case:
     dense: tuple[int, ...] = (30, 5, 9)  # tokens of each row, of 40
     dtype: Any = jnp.float32
     sliding_window: int | None = None
+    rope: bool = False  # keys are kept from before rotary embedding
 
 
 CASES = {
@@ -51,6 +52,7 @@ CASES = {
     "nothing-coded": Case(coded=(0, 0, 0)),
     "all-coded": Case(coded=(6, 6, 6)),
     "one-group-blocks": Case(groups_per_block=1, coded=(3, 2, 1)),
+    "rope-T5": Case(rope=True, num_tokens=5),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -61,6 +63,7 @@ class Data(NamedTuple):
     dense: KV
     coded: CodedSegment | None
     whole: KV  # both segments, put together without layout, blocks or table
+    rope: jax.Array | None
 
 
 def codecs(case):
@@ -68,6 +71,21 @@ def codecs(case):
         Affine(case.bits[0], (case.group_size, 1)),
         Affine(case.bits[1], (1, case.group_size)),
     )
+
+
+def frequencies(case):
+    """Radians per token, other ones in each row."""
+    half = case.head_dim // 2
+    shared = 1000 ** -(np.arange(half) / half)
+    return (np.array([[1], [0.5], [2]]) * shared).astype(np.float32)
+
+
+def turned(kv, rope):
+    """Keys after rotary embedding, by complex numbers."""
+    angle = kv.positions[..., None].astype(np.float32) * rope[:, None, None]
+    first, second = np.split(kv.keys.astype(np.float64), 2, -1)
+    z = (first + 1j * second) * np.exp(1j * angle.astype(np.float64))
+    return kv._replace(keys=np.concatenate([z.real, z.imag], -1).astype(kv.keys.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -123,7 +141,10 @@ def make(case, seed=0):
     positions = np.broadcast_to(positions, k.shape[:-1])
     parts = (coded, dense._replace(positions=positions))
     whole = jax.tree.map(lambda *x: np.concatenate(x, 2), *parts)
-    return jax.tree.map(jnp.asarray, Data(q, num_coded + in_dense, dense, segment, whole))
+    rope = frequencies(case) if case.rope else None
+    if case.rope:
+        whole = turned(whole, rope)
+    return jax.tree.map(jnp.asarray, Data(q, num_coded + in_dense, dense, segment, whole, rope))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -138,6 +159,7 @@ def attend(case, data, implementation="xla"):
         key_codec=key_codec,
         value_codec=value_codec,
         sliding_window=case.sliding_window,
+        rope=data.rope,
         implementation=implementation,
     )
 
@@ -193,6 +215,8 @@ def test_is_the_reference(case):
         "first new token dropped": kv._replace(positions=jnp.where(new, -1, kv.positions)),
         "values of the next slot": kv._replace(values=jnp.roll(kv.values, 1, 2)),
     }
+    if case.rope:
+        wrong["keys turned twice"] = turned(jax.tree.map(np.asarray, kv), frequencies(case))
     if case.heads[1] > 1:
         wrong["heads permuted"] = jax.tree.map(lambda x: jnp.roll(x, 1, 1), kv)
     if any(case.coded) and case.sliding_window is None:
@@ -243,7 +267,7 @@ def test_a_long_dense_segment(fill, num_tokens):
     slot = jnp.arange(slots, dtype=jnp.int32)
     kv = KV(k, v, jnp.where(slot < length[:, None], slot, -1)[:, None])
     whole = kv._replace(positions=jnp.broadcast_to(kv.positions, k.shape[:3]))
-    data = Data(q, length, kv, None, whole)
+    data = Data(q, length, kv, None, whole, None)
     out = attend(case, data)
     assert fits(out, expect(case, data, whole))
     last = whole.positions == (length - 1)[:, None, None]
@@ -260,6 +284,25 @@ def test_nan_is_not_silent():
         out = attend(case, data._replace(dense=data.dense._replace(**{part: spoilt})))
         assert jnp.isnan(out[0, :, :3]).any(-1).all()  # the heads that see it, and no others
         assert jnp.isfinite(out[0, :, 3:]).all() and jnp.isfinite(out[1:]).all()
+
+
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_kernels_leave_keys_from_before_rope_to_xla(name, monkeypatch, caplog):
+    case = Case(dtype=jnp.bfloat16, head_dim=128, group_size=128, heads=(2, 1), rope=True)
+    data = make(case)
+    plain_out = attend(case, data)
+    kernel, layout, _ = api._KERNELS[name]
+    keys, values = layout.from_codes(data.coded.keys, data.coded.values)
+    data = data._replace(coded=data.coded._replace(keys=keys, values=values))
+    assert kernel.reason_against(data.q, data.coded) is None, "rope is not the one reason"
+    reason = "it reads keys as they are, not from before rotary embedding"
+    with pytest.raises(NotImplementedError, match=f"{name} can't serve this call: {reason}"):
+        attend(case, data, name)
+    monkeypatch.setattr(layout, "available", lambda: True)
+    with caplog.at_level("INFO"):
+        out = attend(case, data, None)
+    assert f"runs as xla: of {name}, {reason}" in caplog.text
+    np.testing.assert_array_equal(out, plain_out)
 
 
 def test_refuses_what_does_not_fit():

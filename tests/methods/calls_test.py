@@ -24,6 +24,9 @@ from tests.methods.contract import (
 methods = pytest.mark.parametrize(
     "case", [pytest.param(x, id=name) for name, x in CASES.items() if not x.codec_only]
 )
+policies = pytest.mark.parametrize(
+    "case", [pytest.param(x, id=name) for name, x in CASES.items() if x.is_policy]
+)
 
 
 @methods
@@ -67,7 +70,7 @@ def test_step_compiles_once_and_rows_of_any_length_share_it(case, getkey):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == structure
 
 
-@methods
+@policies
 def test_exact_calls_attend_as_single_tokens_do(case, getkey):
     shape = SHAPES["mha"]
     method = make(case, shape)
@@ -109,7 +112,7 @@ def test_vmaps_over_layers(case, getkey):
         )
 
 
-@methods
+@policies
 def test_capacity_is_kept_and_going_beyond_is_loud(case, getkey):
     shape = SHAPES["gqa"]
     method = make(case, shape)

@@ -47,11 +47,15 @@ def make(case, shape, bits=2, value_bits=2):
 
 @functools.cache
 def fitted(method, num_kv_heads, head_dim):
-    """The method and parameters that `kvq_jax.calibrate` would make of random tokens of a layer."""
+    """The method and parameters that `kvq_jax.calibrate` would make of random tokens of a layer.
+
+    Of as many as it takes by default: of 2048, eight to each of CQ's 256 centroids, numbers of a
+    test lie up to 1.3 beyond all centroids, and attention is off by up to 7%, not 2.3%.
+    """
     if not method.needs_texts:
         return method, ()
     shape = Shape(1, num_kv_heads, num_kv_heads, head_dim, jnp.float32)
-    k, v, _ = tokens(shape, jax.random.key(1), 2048)
+    k, v, _ = tokens(shape, jax.random.key(1), 8192)
     mask = jnp.ones(k.shape[:2], bool)
     layer = method.calibrate(Sample(k, mask), Sample(v, mask))
     method, (params,) = method.settle([layer], num_kv_heads)

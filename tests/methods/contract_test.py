@@ -97,7 +97,7 @@ def test_state_depends_on_tokens_not_on_cuts(case, shape, getkey):
     # What a prompt is fitted to stays as it is while tokens come by other calls.
     whole = (append if method.needs_prompt else prefill)(empty, k, v)
     assert_same(method, one_by_one(method, empty, k, v), whole)
-    if shape == SHAPES["gqa"] and not case.codec_only:
+    if shape == SHAPES["gqa"] and case.is_policy:
         cuts, state = [1, 50, 70, 71, 180], empty
         for start, stop in zip([0, *cuts], [*cuts, NUM_TOKENS], strict=True):
             state = append(state, k[:, start:stop], v[:, start:stop])
@@ -118,7 +118,7 @@ def test_more_bits_are_never_worse(case, shape, getkey):
         assert max(errors) < tolerance(shape)
     else:
         assert errors[0] > errors[1] > errors[2]
-        assert errors[2] < case.worst_output + tolerance(shape)
+        assert errors[2] < 0.05 + tolerance(shape)
 
 
 @matrix

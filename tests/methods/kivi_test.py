@@ -131,8 +131,8 @@ def test_cache_holds_those_codes():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"bits": 3}, "bits must be one of"),
-        ({"value_bits": 1}, "bits must be one of"),
+        ({"bits": 9}, "bits must be one of"),
+        ({"value_bits": 0}, "bits must be one of"),
         ({"group_size": 48}, "group_size must be one of"),
         ({"residual_length": -1}, "residual_length must be at least 0"),
     ],

@@ -19,21 +19,14 @@ from kvq_jax.kernels.decode_attention.block_sizes import BlockSizes, choose
 from kvq_jax.kernels.decode_attention.mosaic_gpu import program, warp
 from kvq_jax.kernels.decode_attention.mosaic_gpu.problem import Memory, Problem
 
-MAX_TOKENS = 8
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def reason_against(q: Float[Array, "B T N H"], coded: CodedSegment | None) -> str | None:
     """Returns why the kernel can't serve a call, or None if it can."""
-    if q.dtype.name not in DTYPES:
-        return f"it computes in {' or '.join(DTYPES)}, not {q.dtype}"
-    if q.shape[1] > MAX_TOKENS:
-        return f"it takes up to {MAX_TOKENS} tokens at a time, not {q.shape[1]}"
-    if q.shape[3] not in layouts.HEAD_DIMS:
-        return f"head_dim must be one of {layouts.HEAD_DIMS}, not {q.shape[3]}"
-    if coded is not None and not isinstance(coded.keys, hopper.TileCode):
-        return 'the codes are not in the "hopper" layout'
-    return None
+    return layouts.reason_against_call(
+        q, coded, dtypes=DTYPES, layout="hopper", code=hopper.TileCode
+    )
 
 
 def decode_attention(

@@ -16,7 +16,6 @@ from kvq_jax.kernels.decode_attention import layouts, tpu
 from kvq_jax.kernels.decode_attention.mosaic_tpu import program
 from kvq_jax.kernels.decode_attention.mosaic_tpu.problem import SUBLANES, Part, Problem
 
-MAX_TOKENS = 8
 DENSE_BLOCK = 1024
 STEP_BYTES = 5 * 2**20
 """That a step reads at the most, if not of a single head: twice as much has room beside the rest in
@@ -27,16 +26,12 @@ TILES_AT_ONCE = 128
 
 def reason_against(q: Float[Array, "B T N H"], coded: CodedSegment | None) -> str | None:
     """Returns why the kernel can't serve a call, or None if it can."""
-    if q.dtype != jnp.bfloat16:
-        return f"it computes in bfloat16, not {q.dtype}"
-    if q.shape[1] > MAX_TOKENS:
-        return f"it takes up to {MAX_TOKENS} tokens at a time, not {q.shape[1]}"
-    if q.shape[3] not in layouts.HEAD_DIMS:
-        return f"head_dim must be one of {layouts.HEAD_DIMS}, not {q.shape[3]}"
+    if reason := layouts.reason_against_call(
+        q, coded, dtypes=["bfloat16"], layout="tpu", code=tpu.TpuCode
+    ):
+        return reason
     if coded is None and q.shape[3] < tpu.LANES:
         return f"heads of {q.shape[3]} channels without codes would be copied to where it reads"
-    if coded is not None and not isinstance(coded.keys, tpu.TpuCode):
-        return 'the codes are not in the "tpu" layout'
     return None
 
 
@@ -50,6 +45,7 @@ def decode_attention(
     *,
     sm_scale: float,
     sliding_window: int | None,
+    capacity: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns attention over both segments; see `api.decode_attention`.
 
@@ -62,6 +58,7 @@ def decode_attention(
       value_codec: of `coded.values`.
       sm_scale: factor of the scores.
       sliding_window: latest tokens that a query sees, or None.
+      capacity: tokens that a row can hold, or None.
     """
     problem, scalars, arrays = prepare(
         q,
@@ -78,7 +75,10 @@ def decode_attention(
     num_kv_heads = num_q_heads // problem.num_queries
     out = out[:, :, : num_tokens * problem.num_queries]
     out = out.reshape(batch, num_kv_heads, num_tokens, problem.num_queries, head_dim)
-    return out.swapaxes(1, 2).reshape(q.shape)
+    out = out.swapaxes(1, 2).reshape(q.shape)
+    if capacity is None:
+        return out
+    return jnp.where((length > capacity)[:, None, None, None], jnp.nan, out)
 
 
 def prepare(
@@ -140,11 +140,9 @@ def _takes_e5m2() -> bool:
 
 def _at_once(tiles: int, most: int) -> int:
     """Returns how many tiles of a block to compute together: all, or whole registers of scales."""
-    return (
-        tiles
-        if tiles <= most or tiles % SUBLANES
-        else SUBLANES * _largest_divisor(tiles // SUBLANES, most // SUBLANES)
-    )
+    if tiles <= most or tiles % SUBLANES:
+        return tiles
+    return SUBLANES * _largest_divisor(tiles // SUBLANES, most // SUBLANES)
 
 
 def _largest_divisor(number: int, most: int) -> int:

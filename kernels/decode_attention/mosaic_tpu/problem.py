@@ -4,8 +4,7 @@
 import dataclasses
 import math
 
-from kvq_jax import packing
-from kvq_jax.kernels.decode_attention.tpu import LANES
+from kvq_jax.kernels.decode_attention import tpu
 
 SUBLANES = 8
 
@@ -27,7 +26,7 @@ class Part:
     @property
     def words(self) -> int:
         """Rows of words of 128 x 128 fields."""
-        return LANES * self.bits // packing.WORD_BITS
+        return tpu.word_rows(self.bits)
 
     def affine(self, scale, minimum):
         """Returns scale and minimum of operands, given those of fields; see `operands.operand`."""
@@ -76,18 +75,18 @@ class Problem:
 
     @property
     def halves(self) -> int:
-        """Groups of 128 tokens of a tile that lie beside each other."""
-        return max(1, LANES // self.head_dim)
+        """See `tpu.num_halves`."""
+        return tpu.num_halves(self.head_dim)
 
     @property
     def chunks(self) -> int:
-        """Groups of 128 channels of a tile that lie beneath each other."""
-        return max(1, self.head_dim // LANES)
+        """See `tpu.num_chunks`."""
+        return tpu.num_chunks(self.head_dim)
 
     @property
     def tile_tokens(self) -> int:
         """Tokens of a tile."""
-        return LANES * self.halves
+        return tpu.tile_tokens(self.head_dim)
 
     @property
     def queries(self) -> int:
@@ -101,7 +100,7 @@ class Problem:
     def together(self) -> int:
         """Tiles that share the rows of a register."""
         room = max(1, SUBLANES // (self.halves * self.queries))
-        return math.gcd(self.tiles_at_once, room) or 1
+        return math.gcd(self.tiles_at_once, room)
 
     @property
     def rows(self) -> int:
