@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, Params
+from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, Params, State
 from kvq_jax.codecs.base import Sample
 from kvq_jax.engines import Window
 from kvq_jax.generation import generate
@@ -111,7 +111,7 @@ def calibrate(
         "sizes": method.sizes(),
         "texts": {"windows": count, "context": length, "tokens": share * count, "sha256": digest},
     }
-    return Calibration(method, tuple(params), about)
+    return Calibration(method, tuple(jax.tree.map(np.asarray, x) for x in params), about)
 
 
 def save_calibration(path: str | Path, calibration: Calibration) -> None:
@@ -185,12 +185,12 @@ class _Recorder(Dense):
     def __post_init__(self):
         object.__setattr__(self, "pre_rope", self.rope is not None)
 
-    def init(self, spec: CacheSpec, layer: int | None = None) -> _Recorded:
+    def init(self, spec: CacheSpec, layer: int | None = None) -> State:
         """Returns an empty cache that adds zeros."""
         zeros = super().init(spec, layer)
         return _Recorded(zeros.keys, zeros.values, (zeros.keys, zeros.values), zeros.length)
 
-    def extend(self, state: _Recorded, k: Array, v: Array, lengths: Array | None) -> _Recorded:
+    def extend(self, state: State, k: Array, v: Array, lengths: Array | None) -> State:
         """Takes a whole window's."""
         del lengths
         added_k, added_v = state.added
@@ -201,7 +201,7 @@ class _Recorder(Dense):
 
     def attend(
         self,
-        state: _Recorded,
+        state: State,
         q: Float[Array, "B T N H"],
         *,
         sm_scale: float | None = None,
@@ -220,7 +220,8 @@ class _Recorder(Dense):
         scale = head_dim**-0.5 if sm_scale is None else sm_scale
         rope = None if self.rope is None else jnp.asarray(self.rope)[None]
         moved = KV(state.keys, state.values, at[None, None])
-        exact = KV(*(x - y for x, y in zip(moved, state.added, strict=False)), at[None, None])
+        added_k, added_v = state.added
+        exact = KV(state.keys - added_k, state.values - added_v, at[None, None])
         moved, exact = (plain.turned(x, rope) for x in (moved, exact))
         q = q.reshape(batch, num_tokens, moved.keys.shape[1], -1, head_dim)
         with jax.default_matmul_precision("highest"):
@@ -229,11 +230,11 @@ class _Recorder(Dense):
             )
             scores = jnp.where(visible, scores.astype(jnp.float32) * scale, -jnp.inf)
             weights = jax.nn.softmax(scores).astype(q.dtype)
-            parts = (near, exact), (~near, moved)
-            out = sum(
+            out, far_out = (
                 jnp.einsum("bkgts,bksh->btkgh", jnp.where(mask, weights, 0), x.values)
-                for mask, x in parts
+                for mask, x in ((near, exact), (~near, moved))
             )
+            out += far_out
         return out.reshape(batch, num_tokens, -1, head_dim)
 
 

@@ -242,7 +242,7 @@ def test_the_model_draws_its_own_texts(decoder):
     assert fitted.about == expected.about
 
 
-def test_bits_and_weights_out_of_range_are_refused():
+def test_bits_and_weights_out_of_range_are_refused(decoder, windows):
     for arguments, message in (
         ({"bits": 0}, "bits must be above 0 and at most 8, got 0"),
         ({"bits": 8.5}, "bits must be above 0 and at most 8, got 8.5"),
@@ -250,6 +250,8 @@ def test_bits_and_weights_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             kvq.transform_coding(**arguments)
+    with pytest.raises(ValueError, match=r"0\.1 bits are fewer than marks and rounding alone"):
+        kvq.calibrate(decoder, windows, kvq.transform_coding(bits=0.1), num_tokens=100)
     assert kvq.recommended() == kvq.transform_coding()
     with pytest.raises(ValueError, match="can't be on different devices"):
         kvq.Sharded(kvq.recommended())

@@ -283,7 +283,7 @@ def make_params(
     latents: Latents, bits: Int[np.ndarray, " D"], num_heads: int
 ) -> tuple[PlanesParams, tuple[int, int]]:
     """Returns parameters for bits of each channel, and the numbers of planes and channels."""
-    channels = np.flatnonzero(bits)
+    channels = np.union1d([0], np.flatnonzero(bits))  # one at the least, if without bits
     bits = bits[channels]
     planes = -(-(_KINDS + bits.sum()) // num_heads) * num_heads
     filling = planes - _KINDS - bits.sum()
@@ -292,7 +292,7 @@ def make_params(
     offset, step = (x[channels, bits].astype(np.float32) for x in (latents.offset, latents.step))
     channel = np.repeat(np.arange(len(bits)), bits)
     shift = np.concatenate([np.arange(b) for b in [*bits, 0]])
-    params = PlanesParams(
+    made = dict(
         mean=latents.mean.astype(np.float32),
         analysis=analysis,
         offset=offset,
@@ -303,4 +303,5 @@ def make_params(
         constant=(latents.mean + offset @ synthesis.astype(np.float32)).astype(np.float32),
         synthesis=synthesis,
     )
-    return PlanesParams(*(x[None] for x in params)), (int(planes), len(channels))
+    params = PlanesParams(**{name: jnp.asarray(x)[None] for name, x in made.items()})
+    return params, (int(planes), len(channels))

@@ -44,6 +44,8 @@ from kvq_jax.engines.window import Window
 class TransformCoding(Window):
     """See `transform_coding`."""
 
+    key_codec: Planes
+    value_codec: Planes
     bits: int | float = 2.25
     value_weight: float = 2.0
 
@@ -63,9 +65,10 @@ class TransformCoding(Window):
         latents = [channels for layer in fitted for channels in layer[:2]]
         errors = np.stack([x.error for x in latents])
         errors[1::2] *= self.value_weight
-        # As many planes of each as are not bits, at the most: rounding up to whole ones of each
-        # head is within the budget.
+        # Without what two marks of a token and rounding up to whole planes of each head can take.
         most = int(self.bits * errors[..., 0].size) - len(latents) * (num_heads + 1)
+        if most < 1:
+            raise ValueError(f"{self.bits} bits are fewer than marks and rounding alone can take")
         bits = allot(errors.reshape(-1, errors.shape[-1]), most).reshape(errors.shape[:2])
         made = [make_params(*x, num_heads) for x in zip(latents, bits, strict=True)]
         params, sizes = zip(*made, strict=True)
@@ -87,7 +90,8 @@ class TransformCoding(Window):
 
     def fitted_parts(self) -> list[str]:
         """Returns what the fit depends on; see `Window.fitted_parts`."""
-        return [f"{self.key_codec.weighs}, {self.bits}, {self.value_weight}"]
+        plain = dataclasses.replace(self.key_codec, sizes=())
+        return [f"{plain} of {self.bits} bits, values {self.value_weight} times"]
 
 
 def transform_coding(
@@ -103,7 +107,8 @@ def transform_coding(
 
     Args:
       bits: of a key's or value's number, in the mean over all layers; need not be whole.
-      value_weight: what counts an error of values for, when bits are shared out; of keys 1.
+      value_weight: how much an error of values counts beside one of keys, when bits are shared
+        out. What the loss feels of both, to second order, is not the best: 1 was found worse.
       weighs: fit to what the loss feels (gradients), not to distance alone.
       num_sinks: first tokens left in full precision; 0 for none.
       group_size: tokens coded at a time, a multiple of 32.

@@ -161,6 +161,17 @@ def test_allot_sees_past_a_bit_that_saves_little():
     assert allot(np.array([[3.0, 3.0, 3.0]]), 2).tolist() == [0], "none that saves nothing"
 
 
+def test_without_any_bits_the_mean_is_left(getkey):
+    x = sample(getkey())
+    params, sizes = make_params(find_latents(x), np.zeros(D, int), K)
+    assert sizes == (K, 1)
+    codec = Planes().bind(jax.tree.map(jnp.asarray, params))
+    data = groups(x.x[:, : B * N * S])
+    decoded = codec.decode(codec.encode(data), jnp.float32)
+    mean = np.asarray(x.x).mean(1).reshape(1, K, 1, 1, H)
+    np.testing.assert_allclose(decoded, np.broadcast_to(mean, data.shape), atol=1e-4)
+
+
 def test_refuses_what_is_not_fitted(getkey):
     with pytest.raises(ValueError, match=r"calibration = kvq_jax.calibrate\(model, texts, method"):
         Planes().of_layer(0)

@@ -230,6 +230,7 @@ CASES = {
             bits=(bits + value_bits) / 2, group_size=GROUP, residual_length=RESIDUAL
         ),
         transform_coding_nbytes,
+        codec_only=True,  # beside KVQuant
         worst=0.5,
     ),
     "kvquant": Case(coded_with(kvq.kvquant), kvquant_nbytes, worst=1.5),
