@@ -6,7 +6,8 @@
 Any text will do; the recorded figures are of the Debian Administrator's Handbook (from Debian's
 package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
 first of the text, one after the other; the first 128 predictions of each are not scored. Bits per
-element count everything, at a length of 4096 with bfloat16 for what is dense.
+element count everything, at a length of 4096 with bfloat16 for what is dense; but what is fitted to
+texts and shared by all rows is told in bytes.
 
 The rows "peer ..." check the measuring itself. They are a second, slow account of KIVI with the
 windows of its authors' code (keys are coded 128 at a time, values one by one), made of dense
@@ -53,7 +54,7 @@ def main():
             methods = {k: v for k, v in methods.items() if options.match in k}
             windows = measure.consecutive_windows(tokens, context, num_windows)
             start = time.perf_counter()
-            params = fit(model, tokens, methods)
+            methods, params = fit(model, tokens, methods)
             each = measure.evaluate_each(model.decoder, windows, methods, params=params)
             for setting, quality in each:
                 done = time.perf_counter() - start
@@ -75,14 +76,21 @@ def main():
                     write(options.json, rows)
 
 
-def fit(model, tokens: list[int], methods: dict[str, kvq.CacheTransform]) -> dict:
-    """Fits what is fitted to texts to the end of the text, of which no window is measured."""
-    tail = measure.consecutive_windows(tokens[-16 * 512 :], 512, 16)
-    return {
-        setting: kvq.calibrate(model, tail, method).params
+def fit(
+    model, tokens: list[int], methods: dict[str, kvq.CacheTransform]
+) -> tuple[dict[str, kvq.CacheTransform], dict]:
+    """Fits what is fitted to texts to the end of the text, of which no window is measured.
+
+    Settings whose name ends so are fitted to what the model draws itself.
+    """
+    tail = measure.consecutive_windows(tokens[-8192:], 512, 16)
+    fitted = {
+        setting: kvq.calibrate(model, None if setting.endswith("own texts") else tail, method)
         for setting, method in methods.items()
         if method.needs_texts
     }
+    params = {setting: x.params for setting, x in fitted.items()}
+    return methods | {setting: x.method for setting, x in fitted.items()}, params
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -250,6 +258,9 @@ def of_papers() -> dict[str, kvq.CacheTransform]:
         "cq 2c4b": kvq.cq(channels=2, bits=4, **none),
         "cq 1c2b": kvq.cq(channels=1, bits=2, **none),
         "cq 8c8b": kvq.cq(channels=8, bits=8, **none),
+        "recommended, own texts": kvq.recommended(),
+        "recommended": kvq.recommended(),
+        "transform_coding, by distance": kvq.transform_coding(weighs=False),
     }
 
 

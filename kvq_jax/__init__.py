@@ -28,10 +28,12 @@ from kvq_jax.methods import (
     kvquant,
     nqkv,
     ott,
+    recommended,
     sink,
     squat,
     svdq,
     tokennorm,
+    transform_coding,
     turboquant,
 )
 from kvq_jax.rows import insert_row, select_rows
@@ -71,12 +73,14 @@ __all__ = [
     "nbytes_by_part",
     "nqkv",
     "ott",
+    "recommended",
     "save_calibration",
     "select_rows",
     "sink",
     "squat",
     "svdq",
     "tokennorm",
+    "transform_coding",
     "turboquant",
 ]
 

@@ -43,19 +43,19 @@ def measured_costs(
     """
     costs = np.zeros((len(decoder.layers), 2, len(bits)))
     for window in windows:
-        recorded = record(decoder, jnp.asarray(window)[None], pre_rope=False, weights=True)
-        for layer, (k, v, weight_k, weight_v) in enumerate(recorded):
+        recorded = record(decoder, jnp.asarray(window)[None], pre_rope=False, gradients=True)
+        for layer, (k, v, slope_k, slope_v) in enumerate(recorded):
             for i, number in enumerate(bits):
                 method = kivi(bits=number, value_bits=number, group_size=group_size)
-                costs[layer, 0, i] += _error(k, weight_k, group_size, method.key_codec)
-                costs[layer, 1, i] += _error(v, weight_v, group_size, method.value_codec)
+                costs[layer, 0, i] += _error(k, slope_k, group_size, method.key_codec)
+                costs[layer, 1, i] += _error(v, slope_v, group_size, method.value_codec)
     return costs
 
 
-def _error(x: jax.Array, weight: jax.Array, group_size: int, codec: Codec) -> float:
-    x, weight = (y.reshape(*y.shape[:2], -1, group_size, y.shape[-1]) for y in (x, weight))
+def _error(x: jax.Array, slope: jax.Array, group_size: int, codec: Codec) -> float:
+    x, slope = (y.reshape(*y.shape[:2], -1, group_size, y.shape[-1]) for y in (x, slope))
     error = codec.decode(codec.encode(x), jnp.float32) - x
-    return float((weight * jnp.square(error)).sum())
+    return float(jnp.square(slope * error).sum())
 
 
 def allocate(

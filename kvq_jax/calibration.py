@@ -3,6 +3,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,32 +13,38 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvq_jax.base import CacheTransform, Implementation, Params
+from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, Params, State
 from kvq_jax.codecs.base import Sample
-from kvq_jax.engines import Segments, Window
-from kvq_jax.methods.dense import Dense, DenseState
+from kvq_jax.engines import Window
+from kvq_jax.generation import generate
+from kvq_jax.kernels.decode_attention import plain
+from kvq_jax.methods.dense import Dense, dense
 from kvq_jax.models import Decoder, DecoderConfig, Layer, LoadedModel, init_states
 from kvq_jax.models.layers import rope_frequencies
+from kvq_jax.sampling import Sampling
 
 
 class Calibration(NamedTuple):
     """What `calibrate` returns.
 
     Attributes:
+      method: to use with them. It is the one that was given, unless texts decide more of it than
+        parameters: such as how many bits each layer gets.
       params: of each layer, for `CacheTransform.with_params`.
       about: what they were fitted for and on: method, sizes of the model, digest of the texts.
     """
 
+    method: CacheTransform
     params: tuple[Params, ...]
     about: dict[str, Any]
 
 
 def calibrate(
     model: LoadedModel | Decoder,
-    texts: Sequence[str] | Int[np.ndarray, "n T"],
+    texts: Sequence[str] | Int[np.ndarray, "n T"] | None,
     method: CacheTransform,
     *,
-    context: int = 512,
+    context: int | None = None,
     num_tokens: int = 8192,
     skip_first: int = 1,
     seed: int = 0,
@@ -46,16 +53,15 @@ def calibrate(
     """Fits a method to the keys and values that texts have in a model.
 
     Texts go through the model one window after another. Of each, keys, values and, if the method
-    asks for them, squared gradients of the loss with respect to both are kept at random
-    positions, `num_tokens` in all: that much host memory is needed, whatever the length of the
-    texts.
+    asks for them, gradients of the loss with respect to both are kept at random positions,
+    `num_tokens` in all: that much host memory is needed, whatever the length of the texts.
 
     Args:
       model: from `kvq_jax.models.load`; or a bare decoder, which takes token ids.
       texts: texts, each cut into windows and what is left of it dropped; or token ids, a window a
-        row.
+        row; or None: the model draws its own (`sample_texts`), as many as `num_tokens` needs.
       method: one with `needs_texts`.
-      context: tokens of a window of text.
+      context: tokens of a window of text; None means 512, or 1024 of what the model draws.
       num_tokens: tokens to fit to.
       skip_first: tokens at the start of each window that are left out: attention sinks, whose
         keys are unlike all others.
@@ -67,35 +73,45 @@ def calibrate(
     """
     method = _needing_texts(method)
     decoder = model.decoder if isinstance(model, LoadedModel) else model
-    windows = _windows(model, texts, context)
+    if texts is None:
+        context = 1024 if context is None else context
+        windows = sample_texts(decoder, -(-num_tokens // context), context, seed, on_progress)
+    else:
+        windows = _windows(model, texts, 512 if context is None else context)
     count, length = windows.shape
     share = min(-(-num_tokens // count), length - skip_first)
     rng = np.random.default_rng(seed)
     samples: list[list[tuple[np.ndarray, ...]]] = [[] for _ in decoder.layers]
     for i, window in enumerate(windows):
         at = np.sort(rng.choice(np.arange(skip_first, length), share, replace=False))
-        recorded = record(decoder, jnp.asarray(window)[None], method.pre_rope, method.needs_weights)
+        recorded = record(
+            decoder,
+            jnp.asarray(window)[None],
+            pre_rope=method.pre_rope,
+            gradients=method.needs_gradients,
+            exact=method.residual_length + 1,
+        )
         for layer, arrays in zip(samples, recorded, strict=True):
             layer.append(tuple(np.asarray(x)[0][:, at].swapaxes(0, 1) for x in arrays))
         if on_progress:
             on_progress("reading", i + 1, count)
-    params = []
+    fitted = []
     for i, layer in enumerate(samples):
-        k, v, *weights = (jnp.asarray(np.concatenate(x))[None] for x in zip(*layer, strict=True))
+        k, v, *gradients = (jnp.asarray(np.concatenate(x))[None] for x in zip(*layer, strict=True))
         samples[i] = []
         mask = jnp.ones(k.shape[:2], bool)
-        weight_k, weight_v = weights or (None, None)
-        fitted = method.calibrate(
-            Sample(k, mask, weight=weight_k), Sample(v, mask, weight=weight_v)
-        )
-        params.append(jax.tree.map(np.asarray, fitted))
+        of_k, of_v = gradients or (None, None)
+        one = method.calibrate(Sample(k, mask, gradient=of_k), Sample(v, mask, gradient=of_v))
+        fitted.append(jax.tree.map(np.asarray, one))
         if on_progress:
             on_progress("fitting", i + 1, len(samples))
+    method, params = method.settle(fitted, decoder.config.num_kv_heads)
     digest = hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest()
     about = _about(method, decoder.config) | {
-        "texts": {"windows": count, "context": length, "tokens": share * count, "sha256": digest}
+        "sizes": method.sizes(),
+        "texts": {"windows": count, "context": length, "tokens": share * count, "sha256": digest},
     }
-    return Calibration(tuple(params), about)
+    return Calibration(method, tuple(jax.tree.map(np.asarray, x) for x in params), about)
 
 
 def save_calibration(path: str | Path, calibration: Calibration) -> None:
@@ -117,7 +133,8 @@ def load_calibration(
 
     Args:
       path: the folder.
-      method: that it is to be used with; only what is fitted must be the same.
+      method: that it is to be used with; only what is fitted must be the same. What texts have
+        decided of it is in the `method` of the calibration.
       config: of the model.
 
     Raises:
@@ -127,69 +144,98 @@ def load_calibration(
     import orbax.checkpoint as ocp
 
     method = _needing_texts(method)
-
-    def empty() -> tuple[Params, ...]:
-        states = init_states(config, method, 1, 1, jnp.float32)
-        return tuple(method.params(state) for state in states)
-
-    shapes = jax.eval_shape(empty)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
         about = checkpointer.restore(Path(path).absolute(), items).about
         for key, value in _about(method, config).items():
             if about[key] != value:
                 raise ValueError(f"{path} was fitted for the {key} {about[key]}, not {value}")
+        method = method.with_sizes(about["sizes"])
+        shapes = jax.eval_shape(lambda: _empty(method, config))
         items = ocp.args.Composite(params=ocp.args.StandardRestore(jax.tree.leaves(shapes)))
         leaves = checkpointer.restore(Path(path).absolute(), items).params
-    return Calibration(jax.tree.unflatten(jax.tree.structure(shapes), leaves), about)
+    return Calibration(method, jax.tree.unflatten(jax.tree.structure(shapes), leaves), about)
+
+
+class _Recorded(NamedTuple):
+    """What a `_Recorder` keeps: keys and values with `added` to them, which is zeros."""
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    added: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+    length: Int[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recorder(Dense):
-    """A dense cache whose state adds to the keys and values that come.
+    """A dense cache that adds zeros to the keys and values that come, seen from far.
 
-    Of zeros in the state the loss has the gradients that it has of keys and values, so no model
-    needs to know of them.
+    Of these zeros the loss has the gradients that it has of keys and values which a cache reads
+    from codes, so no model needs to know of them.
 
     Args:
-      pre_rope: as the method that is to be fitted.
-      rope: of the model, if so.
+      exact: a query sees this many latest tokens, its own included, without what is added.
+      rope: of the model, for keys from before rotary embedding.
     """
 
-    pre_rope: bool = False
+    exact: int = 0
     rope: tuple[float, ...] | None = None
+    pre_rope: bool = dataclasses.field(init=False)
 
-    def extend(self, state: DenseState, k: Array, v: Array, lengths: Array | None) -> DenseState:
-        """Adds a whole window's."""
+    def __post_init__(self):
+        object.__setattr__(self, "pre_rope", self.rope is not None)
+
+    def init(self, spec: CacheSpec, layer: int | None = None) -> State:
+        """Returns an empty cache that adds zeros."""
+        zeros = super().init(spec, layer)
+        return _Recorded(zeros.keys, zeros.values, (zeros.keys, zeros.values), zeros.length)
+
+    def extend(self, state: State, k: Array, v: Array, lengths: Array | None) -> State:
+        """Takes a whole window's."""
         del lengths
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return DenseState(state.keys + k, state.values + v, state.length + k.shape[2])
-
-    def segments(self, state: DenseState) -> Segments:
-        """Returns the one dense segment."""
-        segments = super().segments(state)
-        if self.rope is None:
-            return segments
-        return segments._replace(rope=jnp.asarray(self.rope)[None])
+        added_k, added_v = state.added
+        k, v = (x.swapaxes(1, 2) for x in (k, v))
+        return state._replace(
+            keys=k + added_k, values=v + added_v, length=state.length + k.shape[2]
+        )
 
     def attend(
         self,
-        state: DenseState,
+        state: State,
         q: Float[Array, "B T N H"],
         *,
         sm_scale: float | None = None,
         sliding_window: int | None = None,
         implementation: Implementation | None = None,
     ) -> Float[Array, "B T N H"]:
-        """Attends by the implementation that has gradients."""
+        """Attends to all tokens twice, with and without what is added, and takes what counts."""
         del implementation
-        return super().attend(
-            state,
-            q,
-            sm_scale=sm_scale,
-            sliding_window=sliding_window,
-            implementation="reference",
-        )
+        batch, num_tokens, _, head_dim = q.shape
+        at = jnp.arange(num_tokens, dtype=jnp.int32)
+        distance = at[:, None] - at
+        near = distance < self.exact
+        visible = distance >= 0
+        if sliding_window is not None:
+            visible &= distance < sliding_window
+        scale = head_dim**-0.5 if sm_scale is None else sm_scale
+        rope = None if self.rope is None else jnp.asarray(self.rope)[None]
+        moved = KV(state.keys, state.values, at[None, None])
+        added_k, added_v = state.added
+        exact = KV(state.keys - added_k, state.values - added_v, at[None, None])
+        moved, exact = (plain.turned(x, rope) for x in (moved, exact))
+        q = q.reshape(batch, num_tokens, moved.keys.shape[1], -1, head_dim)
+        with jax.default_matmul_precision("highest"):
+            scores = jnp.where(
+                near, *(jnp.einsum("btkgh,bksh->bkgts", q, x.keys) for x in (exact, moved))
+            )
+            scores = jnp.where(visible, scores.astype(jnp.float32) * scale, -jnp.inf)
+            weights = jax.nn.softmax(scores).astype(q.dtype)
+            out, far_out = (
+                jnp.einsum("bkgts,bksh->btkgh", jnp.where(mask, weights, 0), x.values)
+                for mask, x in ((near, exact), (~near, moved))
+            )
+            out += far_out
+        return out.reshape(batch, num_tokens, -1, head_dim)
 
 
 # A layer at a time: one compilation serves all layers, and backwards each computes anew what it
@@ -198,7 +244,12 @@ _run_layer = jax.jit(jax.checkpoint(Layer.__call__, static_argnums=4), static_ar
 
 
 def record(
-    decoder: Decoder, tokens: Int[Array, "1 T"], pre_rope: bool, weights: bool
+    decoder: Decoder,
+    tokens: Int[Array, "1 T"],
+    *,
+    pre_rope: bool,
+    gradients: bool,
+    exact: int = 0,
 ) -> list[tuple[Array, ...]]:
     """Returns keys and values `1 K T H` of each layer.
 
@@ -206,30 +257,68 @@ def record(
       decoder: the model.
       tokens: a window of text.
       pre_rope: keys from before rotary embedding.
-      weights: return squared gradients of the loss with respect to both as well.
+      gradients: return those of the loss with respect to both as well.
+      exact: gradients are without what a query sees in so many latest tokens, its own included.
     """
     config = decoder.config
-    rope = tuple(rope_frequencies(config).tolist()) if pre_rope else None
-    recorder = _Recorder(pre_rope, rope)
-    states = init_states(config, recorder, 1, tokens.shape[1], decoder.dtype)
-    length = states[0].length
+    recorder = _Recorder(exact, tuple(rope_frequencies(config).tolist()) if pre_rope else None)
+    empty = init_states(config, recorder, 1, tokens.shape[1], decoder.dtype)
 
     def loss(zeros: list[tuple[Array, Array]]):
-        start = tuple(DenseState(k, v, length) for k, v in zeros)
+        start = tuple(x._replace(added=added) for x, added in zip(empty, zeros, strict=True))
         hidden, states = decoder(tokens, start, recorder, run_layer=_run_layer)
-        if not weights:
+        if not gradients:
             return jnp.zeros(()), states
         log_p = jax.nn.log_softmax(decoder.logits(hidden[:, :-1]))
         return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).sum(), states
 
-    zeros = [(state.keys, state.values) for state in states]
-    if not weights:
+    zeros = [state.added for state in empty]
+    if not gradients:
         return [(state.keys, state.values) for state in loss(zeros)[1]]
-    (_, states), gradients = jax.value_and_grad(loss, has_aux=True)(zeros)
-    return [
-        (state.keys, state.values, *(jnp.square(x.astype(jnp.float32)) for x in gradient))
-        for state, gradient in zip(states, gradients, strict=True)
-    ]
+    (_, states), slopes = jax.value_and_grad(loss, has_aux=True)(zeros)
+    return [(state.keys, state.values, *slope) for state, slope in zip(states, slopes, strict=True)]
+
+
+def sample_texts(
+    decoder: Decoder,
+    num_windows: int,
+    context: int,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Int[np.ndarray, "n T"]:
+    """Returns windows of text that the model draws itself, each from a random first token.
+
+    Args:
+      decoder: the model.
+      num_windows: n; they are drawn together, with a dense cache for all.
+      context: T.
+      seed: of the draws.
+      on_progress: called with ("sampling", tokens of a window done, context).
+    """
+    done = itertools.count(2)
+
+    def on_tokens(tokens: np.ndarray) -> None:
+        del tokens
+        if on_progress:
+            on_progress("sampling", next(done), context)
+
+    first = np.random.default_rng(seed).integers(0, decoder.config.vocab_size, (num_windows, 1))
+    drawn = generate(
+        decoder,
+        first.tolist(),
+        method=dense(),
+        max_new_tokens=context - 1,
+        sampling=Sampling(temperature=1.0),
+        seed=seed,
+        on_tokens=on_tokens,
+    ).tokens
+    return np.concatenate([first, drawn], axis=1).astype(np.int32)
+
+
+def _empty(method: Window, config: DecoderConfig) -> tuple[Params, ...]:
+    """Returns the parameters of each layer before anything is fitted."""
+    states = init_states(config, method, 1, 1, jnp.float32)
+    return tuple(method.params(state) for state in states)
 
 
 def _needing_texts(method: CacheTransform) -> Window:

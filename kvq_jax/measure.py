@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvq_jax.base import CacheTransform, Params, nbytes
+from kvq_jax.base import CacheTransform, Params, Shared, State, nbytes
 from kvq_jax.methods import dense
 from kvq_jax.models import Decoder, DecoderConfig, Layer, init_states
 
@@ -21,8 +21,9 @@ class Quality:
     """How a cache predicts a text.
 
     Attributes:
-      bits_per_element: bytes of the whole state with bfloat16 dense parts, at the context's
-        capacity, over the number of keys and values.
+      bits_per_element: of a row's state with bfloat16 dense parts, at the context's capacity, over
+        the number of keys and values.
+      shared_bytes: that all rows share besides, fitted to texts.
       context: tokens of a window.
       tokens: predictions that were scored.
       perplexity: of the text.
@@ -33,6 +34,7 @@ class Quality:
     """
 
     bits_per_element: float
+    shared_bytes: int
     context: int
     tokens: int
     perplexity: float
@@ -127,6 +129,7 @@ def evaluate_each(
             name,
             Quality(
                 bits_per_element=bits_per_element(method, decoder.config, context),
+                shared_bytes=shared_bytes(method, decoder.config),
                 context=context,
                 tokens=nll.size,
                 perplexity=float(np.exp(nll.mean())),
@@ -161,7 +164,9 @@ def consecutive_windows(tokens: Sequence[int], context: int, num_windows: int) -
 
 
 def bits_per_element(method: CacheTransform, config: DecoderConfig, length: int) -> float:
-    """Returns the bits of a state over its keys and values, everything counted.
+    """Returns the bits of one row's state over its keys and values, everything counted.
+
+    But for what all rows share, which is not a matter of the cache's size: see `shared_bytes`.
 
     Args:
       method: the method.
@@ -171,4 +176,14 @@ def bits_per_element(method: CacheTransform, config: DecoderConfig, length: int)
     init = functools.partial(init_states, config, method, 1, length, jnp.bfloat16)
     states = jax.eval_shape(init)
     numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
-    return 8 * nbytes(states) / numbers
+    return 8 * (nbytes(states) - _shared(states)) / numbers
+
+
+def shared_bytes(method: CacheTransform, config: DecoderConfig) -> int:
+    """Returns the bytes that a method keeps once for all rows: what is fitted to texts."""
+    return _shared(jax.eval_shape(lambda: init_states(config, method, 1, 1, jnp.bfloat16)))
+
+
+def _shared(states: tuple[State, ...]) -> int:
+    parts = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, Shared))
+    return nbytes([x for x in parts if isinstance(x, Shared)])

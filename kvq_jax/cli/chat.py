@@ -47,7 +47,7 @@ def chat(
     )
     sampling = options.make_sampling(temperature, top_k, top_p, min_p)
     loaded = terminal.load_model(model, dtype)
-    params = options.load_params(calibrations, {method: cache}, loaded.config).get(method)
+    caches, params = options.load_fitted(calibrations, {method: cache}, loaded.config)
 
     from kvq_jax.generation import generate
 
@@ -82,8 +82,8 @@ def chat(
             return generate(
                 loaded,
                 [ids],
-                method=cache,
-                params=params,
+                method=caches[method],
+                params=params.get(method),
                 max_new_tokens=min(max_new_tokens, room),
                 sampling=sampling,
                 seed=seed + len(ids),

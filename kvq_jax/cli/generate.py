@@ -53,7 +53,7 @@ def generate(
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ids = tokenizer.encode(text, add_special_tokens=not chat)
-    params = options.load_params(calibrations, {method: cache}, loaded.config).get(method)
+    caches, params = options.load_fitted(calibrations, {method: cache}, loaded.config)
 
     from kvq_jax.base import nbytes
     from kvq_jax.generation import cache_nbytes, round_capacity
@@ -68,8 +68,8 @@ def generate(
         return decode(
             loaded,
             [ids],
-            method=cache,
-            params=params,
+            method=caches[method],
+            params=params.get(method),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,

@@ -32,7 +32,8 @@ Method = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many.")]
 
 Bits = Annotated[
-    int | None, typer.Option(help="Of keys and values: 1 to 8.", rich_help_panel=_METHOD)
+    float | None,
+    typer.Option(help="Of keys and values: 1 to 8, whole but for some.", rich_help_panel=_METHOD),
 ]
 ValueBits = Annotated[
     int | None, typer.Option(help="Of values, if not --bits.", rich_help_panel=_METHOD)
@@ -103,6 +104,8 @@ def make_methods(names: Iterable[str], **options: Any) -> dict[str, "CacheTransf
             raise UsageError(f"unknown method {name!r}: choose from {', '.join(known)}")
     takes = {name: inspect.signature(known[name]).parameters for name in names}
     given = {key: value for key, value in options.items() if value is not None}
+    if given.get("bits", 0.5) % 1 == 0:
+        given["bits"] = int(given["bits"])
     for key in given:
         if not any(key in parameters for parameters in takes.values()):
             flag = "--" + key.replace("_", "-")
@@ -122,10 +125,13 @@ def make_method(name: str, **options: Any) -> "CacheTransform":
     return make_methods([name], **options)[name]
 
 
-def load_params(
+def load_fitted(
     folder: Path | None, methods: dict[str, "CacheTransform"], config: "DecoderConfig"
-) -> dict[str, tuple["Params", ...]]:
+) -> tuple[dict[str, "CacheTransform"], dict[str, tuple["Params", ...]]]:
     """Loads what `kvq calibrate` has fitted, for those of the methods that need it.
+
+    Returns:
+      All methods, as fitted; and the parameters of those that have some.
 
     Raises:
       UsageError: if one does and there is no folder.
@@ -134,13 +140,14 @@ def load_params(
     if needed and folder is None:
         raise UsageError(f"{', '.join(needed)} must be fitted to a text: see --calibrations")
     if not needed or folder is None:
-        return {}
+        return methods, {}
     from kvq_jax.calibration import load_calibration
 
-    return {
-        name: load_calibration(folder / name, method, config).params
-        for name, method in needed.items()
+    fitted = {
+        name: load_calibration(folder / name, method, config) for name, method in needed.items()
     }
+    params = {name: calibration.params for name, calibration in fitted.items()}
+    return methods | {name: calibration.method for name, calibration in fitted.items()}, params
 
 
 def make_sampling(

@@ -4,6 +4,7 @@
 import abc
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvq_jax.base import CacheSpec, Code, Params
@@ -16,13 +17,20 @@ class Sample(NamedTuple):
       x: keys or values, as they enter the cache.
       mask: False for what is padding.
       q: queries that came with them, if they are known.
-      weight: of each number, such as the squared gradient of the loss with respect to it.
+      gradient: of the loss with respect to each number.
     """
 
     x: Float[Array, "B T K H"]
     mask: Bool[Array, "B T"]
     q: Float[Array, "B T N H"] | None = None
-    weight: Float[Array, "B T K H"] | None = None
+    gradient: Float[Array, "B T K H"] | None = None
+
+    @property
+    def weight(self) -> Float[Array, "B T K H"] | None:
+        """What an error of each number counts for: the squared gradient (Fisher)."""
+        if self.gradient is None:
+            return None
+        return jnp.square(self.gradient.astype(jnp.float32))
 
 
 class Part:
@@ -34,7 +42,7 @@ class Part:
     Attributes:
       fits: what there is to fit to: each row's "prompt", "texts" beforehand for all rows, or
         nothing.
-      weighs: whether texts are to come with weights.
+      weighs: whether texts are to come with gradients.
     """
 
     weighs: bool = False
@@ -44,6 +52,11 @@ class Part:
     def shares_heads(self) -> bool:
         """Whether one thing is fitted to all heads together, so that they can't be parted."""
         return False
+
+    def of_layer[P](self: P, layer: int | None) -> P:
+        """Returns the part as one layer has it, where sizes differ from layer to layer."""
+        del layer
+        return self
 
     def init(self, spec: CacheSpec) -> Params:
         """Returns what the part is in an empty cache.

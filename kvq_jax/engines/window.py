@@ -3,7 +3,8 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ class Window(SegmentedCache):
         fitted = Fitted(
             *(
                 Shared(part.init(spec)) if part.fits == "texts" else part.init(spec)
-                for part in self._parts
+                for part in (part.of_layer(layer) for part in self._parts)
             )
         )
         rope = ()
@@ -183,8 +184,8 @@ class Window(SegmentedCache):
         return any(part.fits == "texts" for part in self._parts)
 
     @property
-    def needs_weights(self) -> bool:
-        """Whether a part that fits to texts wants squared gradients as weights."""
+    def needs_gradients(self) -> bool:
+        """Whether a part that fits to texts wants the gradients of the loss."""
         return any(part.weighs for part in self._parts)
 
     @property
@@ -226,6 +227,30 @@ class Window(SegmentedCache):
             part.fit(sample) if part.fits == "texts" else ()
             for part, sample in zip(self._parts, samples, strict=True)
         )
+
+    def settle(
+        self, fitted: Sequence[tuple[Any, ...]], num_heads: int
+    ) -> tuple["Window", Sequence[tuple[Params, ...]]]:
+        """Finishes what `calibrate` has begun, when it has seen all layers.
+
+        Args:
+          fitted: what `calibrate` made of each layer.
+          num_heads: K.
+
+        Returns:
+          The method to use, of sizes that were found; and for each layer what `with_params` takes.
+        """
+        del num_heads
+        return self, fitted
+
+    def sizes(self) -> Any:
+        """Returns the sizes that `settle` found, as JSON can hold them; None if it finds none."""
+        return None
+
+    def with_sizes(self, sizes: Any) -> "Window":
+        """Returns the method with the sizes that `settle` found."""
+        del sizes
+        return self
 
     @property
     def _parts(self) -> tuple[Codec, Codec, Frame, Frame]:

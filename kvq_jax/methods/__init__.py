@@ -14,11 +14,13 @@ from kvq_jax.methods.sink import sink
 from kvq_jax.methods.squat import squat
 from kvq_jax.methods.svdq import svdq
 from kvq_jax.methods.tokennorm import tokennorm
+from kvq_jax.methods.transform_coding import TransformCoding, recommended, transform_coding
 from kvq_jax.methods.turboquant import turboquant
 
 __all__ = [
     "Dense",
     "DenseState",
+    "TransformCoding",
     "adaquant",
     "cq",
     "decoquant",
@@ -28,9 +30,11 @@ __all__ = [
     "kvquant",
     "nqkv",
     "ott",
+    "recommended",
     "sink",
     "squat",
     "svdq",
     "tokennorm",
+    "transform_coding",
     "turboquant",
 ]

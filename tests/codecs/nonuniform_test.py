@@ -116,7 +116,7 @@ def test_keep_deviation_does(getkey):
 
 def test_weights_draw_levels(getkey):
     x = sample(getkey())
-    heavy = x._replace(weight=jnp.where(x.x > 0, 100.0, 1.0))
+    heavy = x._replace(gradient=jnp.where(x.x > 0, 10.0, 1.0))
     codec = Nonuniform(3, "token", keep_deviation=False)
     assert codec.fit(heavy)[0].mean() > codec.fit(x)[0].mean() + 0.05
 

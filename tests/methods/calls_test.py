@@ -17,6 +17,7 @@ from tests.methods.contract import (
     filled,
     functions,
     init,
+    make,
     tokens,
 )
 
@@ -31,7 +32,7 @@ policies = pytest.mark.parametrize(
 @methods
 def test_padding_is_ignored_and_rows_are_independent(case, getkey):
     shape = SHAPES["gqa"]
-    method = case.make(2, 2)
+    method = make(case, shape)
     k, v, q = tokens(shape, getkey())
     lengths = jnp.array([150, 0])
     beyond = (jnp.arange(NUM_TOKENS) >= lengths[:, None])[..., None, None]
@@ -53,7 +54,7 @@ def test_padding_is_ignored_and_rows_are_independent(case, getkey):
 @methods
 def test_step_compiles_once_and_rows_of_any_length_share_it(case, getkey):
     shape = SHAPES["gqa"]
-    method = case.make(2, 2)
+    method = make(case, shape)
     k, v, q = tokens(shape, getkey())
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -72,7 +73,7 @@ def test_step_compiles_once_and_rows_of_any_length_share_it(case, getkey):
 @policies
 def test_exact_calls_attend_as_single_tokens_do(case, getkey):
     shape = SHAPES["mha"]
-    method = case.make(2, 2)
+    method = make(case, shape)
     k, v, q = tokens(shape, getkey())
     append, _, attend = functions(method)
 
@@ -95,7 +96,7 @@ def test_exact_calls_attend_as_single_tokens_do(case, getkey):
 @methods
 def test_vmaps_over_layers(case, getkey):
     shape = SHAPES["gqa"]
-    method = case.make(2, 2)
+    method = make(case, shape)
     layers = [tuple(tokens(shape, getkey())) for _ in range(2)]
     k, v, q = (jnp.stack(x) for x in zip(*layers, strict=True))
     states = jax.tree.map(
@@ -114,7 +115,7 @@ def test_vmaps_over_layers(case, getkey):
 @policies
 def test_capacity_is_kept_and_going_beyond_is_loud(case, getkey):
     shape = SHAPES["gqa"]
-    method = case.make(2, 2)
+    method = make(case, shape)
     k, v, q = tokens(shape, getkey())
     state = init(method, shape.spec(150))
     capacity = method.capacity(state)
@@ -135,7 +136,7 @@ def test_capacity_is_kept_and_going_beyond_is_loud(case, getkey):
 @methods
 def test_bad_input_is_refused(case, getkey, as_users_run_it):
     shape = SHAPES["gqa"]
-    method = case.make(2, 2)
+    method = make(case, shape)
     k, v, q = tokens(shape, getkey())
     state = init(method, shape.spec(CAPACITY))
     for bad_k, bad_v, message in (

@@ -44,7 +44,7 @@ class Case(NamedTuple):
     Attributes:
       make: the method from the bits of keys and of values; those without bits ignore them.
       nbytes: bytes of a state from the spec, bits, and the coded slots and blocks of a row, as
-        the method's docstring has it.
+        the method's docstring has it. A method that finds sizes gives these for bits.
       shapes: to run it on; one does for those that differ from others in policy or codec alone.
       codec_only: whether it differs from another case in the codecs alone: then `calls_test.py`
         would say nothing new.
@@ -139,6 +139,19 @@ def kvquant_nbytes(spec, bits, value_bits, coded, blocks):
     return spec.batch_size * row + shared
 
 
+def transform_coding_nbytes(spec, keys, values, coded, blocks):
+    """Returns the formula of `transform_coding`, of planes and channels of keys and values."""
+    heads, width, d = spec.num_kv_heads, spec.head_dim, spec.dtype.itemsize
+    row = coded * (keys[0] + values[0]) / 8
+    row += heads * (2 * (GROUP + RESIDUAL + 1) * width * d + 8 + 5)
+    row += 2 * width + 4 + 4 + 4 * blocks
+    shared = sum(
+        4 * heads * width * channels + 8 * heads * width + 9 * channels + 3 * (planes - 2)
+        for planes, channels in (keys, values)
+    )
+    return spec.batch_size * row + shared
+
+
 def factor_nbytes(of_values):
     """Returns the formulas of `tokennorm` and `kvarn`: KIVI's, and factors."""
 
@@ -210,6 +223,15 @@ CASES = {
         cq_nbytes,
         codec_only=True,
         worst=1.5,
+    ),
+    "transform_coding": Case(
+        # One budget for keys and values.
+        lambda bits, value_bits: kvq.transform_coding(
+            bits=(bits + value_bits) / 2, group_size=GROUP, residual_length=RESIDUAL
+        ),
+        transform_coding_nbytes,
+        codec_only=True,  # beside KVQuant
+        worst=0.5,
     ),
     "kvquant": Case(coded_with(kvq.kvquant), kvquant_nbytes, worst=1.5),
 }

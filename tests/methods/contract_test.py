@@ -22,6 +22,7 @@ from tests.methods.contract import (
     filled,
     functions,
     init,
+    make,
     one_by_one,
     tokens,
     tolerance,
@@ -90,7 +91,7 @@ def test_read_returns_every_token_once(case, shape, getkey):
 
 @matrix
 def test_state_depends_on_tokens_not_on_cuts(case, shape, getkey):
-    method = case.make(2, 4)
+    method = make(case, shape, 2, 4)
     k, v, _ = tokens(shape, getkey())
     empty = init(method, shape.spec(CAPACITY))
     append, prefill, _ = functions(method)
@@ -125,7 +126,7 @@ def test_more_bits_are_never_worse(case, shape, getkey):
 @pytest.mark.parametrize("capacity", [20, 200, 3000])
 def test_nbytes_is_the_formula_of_the_docstring(case, shape, capacity):
     for bits, value_bits in ((2, 2), (4, 2), (8, 4)):
-        method = case.make(bits, value_bits)
+        method = make(case, shape, bits, value_bits)
         spec = shape.spec(capacity)
         state = init(method, spec)
         assert method.capacity(state) >= capacity
@@ -133,6 +134,8 @@ def test_nbytes_is_the_formula_of_the_docstring(case, shape, capacity):
         if isinstance(method, kvq.Window):
             blocks = state.coded.block_table.shape[1]
             coded = blocks * plain.block_size(state.coded, method.group_size)
+            if sizes := method.sizes():
+                (bits,), (value_bits,) = sizes
         assert kvq.nbytes(state) == case.nbytes(spec, bits, value_bits, coded, blocks)
         assert kvq.nbytes(state) == sum(x.nbytes for x in jax.tree.leaves(state))
         assert kvq.nbytes(state) == sum(kvq.nbytes_by_part(state).values())
