@@ -81,9 +81,10 @@ def test_gradients_are_those_of_what_is_seen_from_far(decoder, windows, exact):
         np.testing.assert_allclose(gradient, slope, rtol=0.02)
         assert abs(gradient) > 1e-3, "nothing was tested"
         assert exact == 0 or abs(gradient / all_of_it[layer][2 + field][at] - 1) > 0.05
-    # The last token that any query of this window sees from far.
-    for seen in recorded[0][2:]:
-        assert exact == 0 or (seen[0, :, 24 - exact :] == 0).all()
+    # The last query that the loss hangs on is at 22.
+    for gradient in recorded[0][2:]:
+        seen = (gradient[0] != 0).any((0, 2))
+        np.testing.assert_array_equal(seen, np.arange(24) <= 22 - exact)
 
 
 def test_weights_are_squared_gradients():
@@ -236,9 +237,9 @@ def test_the_model_draws_its_own_texts(decoder):
     np.testing.assert_array_equal(windows, calibration.sample_texts(decoder, 2, 40))
     assert (windows != calibration.sample_texts(decoder, 2, 40, seed=1)).mean() > 0.9
     assert len(set(windows[:, 0].tolist())) == 2
-    fitted = kvq.calibrate(decoder, None, SMALL, context=40, num_tokens=80)
+    fitted = kvq.calibrate(decoder, None, SMALL, context=40, num_tokens=40)
     assert fitted.about["texts"]["windows"] == 2 and fitted.about["texts"]["context"] == 40
-    expected = kvq.calibrate(decoder, windows, SMALL, num_tokens=80)
+    expected = kvq.calibrate(decoder, windows, SMALL, num_tokens=40)
     assert fitted.about == expected.about
 
 

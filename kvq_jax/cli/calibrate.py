@@ -23,7 +23,7 @@ def calibrate(
     model: options.Model = "smollm2",
     dtype: options.Dtype = "float32",
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to read, or draw.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to read, or draw.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of these to fit to.")] = 8192,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     bits: options.Bits = None,

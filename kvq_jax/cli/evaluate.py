@@ -106,13 +106,14 @@ def show(qualities: dict[str, "Quality"]) -> None:
     """Prints the figures for people."""
     table = Table()
     table.add_column("method")
-    for name in ("bits", "shared", "perplexity", "kl", "kl p99", "top-1"):
+    share = any(x.shared_bytes for x in qualities.values())
+    for name in ("bits", *["shared"] * share, "perplexity", "kl", "kl p99", "top-1"):
         table.add_column(name, justify="right")
     for name, x in qualities.items():
         table.add_row(
             name,
             f"{x.bits_per_element:.2f}",
-            terminal.size(x.shared_bytes) if x.shared_bytes else "",
+            *[terminal.size(x.shared_bytes) if x.shared_bytes else ""] * share,
             f"{x.perplexity:.2f}",
             f"{x.kl:.4f} ± {x.kl_stderr:.4f}",
             f"{x.kl_p99:.3f}",
@@ -122,8 +123,10 @@ def show(qualities: dict[str, "Quality"]) -> None:
     some = next(iter(qualities.values()))
     terminal.out.print(
         f"{some.tokens} predictions in windows of {some.context} tokens. bits: of the whole cache "
-        "at that length, per key or value; shared: what all caches share besides. kl: distance of "
-        "the predictions from those with the dense cache, in nats; p99: its 99th percentile. "
-        "top-1: how often the likeliest token is that of the dense cache.",
+        "at that length, per key or value"
+        + ("; shared: what all caches share besides" if share else "")
+        + ". kl: distance of the predictions from those with the "
+        "dense cache, in nats; p99: its 99th percentile. top-1: how often the likeliest token is "
+        "that of the dense cache.",
         style="dim",
     )

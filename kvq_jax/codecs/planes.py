@@ -26,11 +26,8 @@ _NO_BIT = 31
 _SHRINKAGE = 0.05
 """Of the mean square of a gradient, added to the metric: no direction is without weight."""
 
-_STEPS = (1.596, 0.9957, 0.586, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
-"""The best steps of 1 to 8 bits for a normal distribution of variance 1."""
-
-_STRETCH = (0.85, 1.0, 1.15, 1.35, 1.6, 1.9)
-"""Of these steps, where the search for the best of another distribution starts."""
+_TAILS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+"""Shares of the numbers left out at each end, where the search for the best levels starts."""
 
 _ROUNDS = 2
 """Of the search from each start."""
@@ -231,10 +228,11 @@ def _search(z: Float[Array, "n D"]) -> tuple[Array, Array, Array]:
     def levels(offset: Array, step: Array, top: Array) -> Array:
         return jnp.round((u - offset) / step).clip(0, top)
 
-    def start(case: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        """Starts with a step and zero in the middle; then line and levels fit each other."""
-        step, top = case
-        offset = -top / 2 * step
+    def start(case: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """Spreads the levels over a range; then line and levels fit each other."""
+        low, high, top = case
+        step = jnp.maximum((high - low) / (top + 1), 1e-6)
+        offset = low + step / 2
         for _ in range(_ROUNDS):
             level = levels(offset, step, top)
             centred = level - level.mean(0)
@@ -244,9 +242,11 @@ def _search(z: Float[Array, "n D"]) -> tuple[Array, Array, Array]:
         error = jnp.square(u - offset - step * levels(offset, step, top)).mean(0)
         return offset, step, error
 
-    cases = [(step * by, 2**bits - 1) for bits, step in enumerate(_STEPS, 1) for by in _STRETCH]
-    tried = jax.lax.map(start, tuple(jnp.asarray(x, jnp.float32) for x in zip(*cases, strict=True)))
-    tried = [x.reshape(MOST_BITS, len(_STRETCH), -1) for x in tried]
+    ends = (jnp.quantile(u, jnp.array(x), axis=0) for x in (_TAILS, [1 - x for x in _TAILS]))
+    ranges = (jnp.tile(x, (MOST_BITS, 1)) for x in ends)
+    top = jnp.array([2.0**bits - 1 for bits in range(1, MOST_BITS + 1)])
+    tried = jax.lax.map(start, (*ranges, jnp.repeat(top, len(_TAILS))))
+    tried = [x.reshape(MOST_BITS, len(_TAILS), -1) for x in tried]
     best = tried[2].argmin(1, keepdims=True)
     nothing = jnp.zeros_like(mean), jnp.ones_like(mean), jnp.square(u).mean(0)
     offset, step, error = (

@@ -74,23 +74,23 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(
 def test_recommended_is_fitted_to_what_the_model_draws(kvq, tiny, text_file, tmp_path, monkeypatch):
     """The method as fitted is what eval, generate and chat run."""
     folder, sizes = tmp_path / "fitted", ("--model", tiny, "--context", 97, "--windows", 2)
-    both = ("--methods", "recommended,transform_coding", "--bits", 3.5)
-    made = kvq("calibrate", "--out", folder, *sizes, *both)
+    made = kvq("calibrate", "--out", folder, *sizes)
     assert made.code == 0, made.err
     options = ("--calibrations", folder)
     result = kvq("eval", text_file, "--methods", "recommended", *sizes, "--skip", 40, *options)
     assert result.code == 0, result.err
     assert "recommended" in result.out and "KiB" in result.out  # what all rows share
-    text = kvq("generate", "abc", "--model", tiny, "--method", "recommended", *options)
+    one = ("--model", tiny, "--method", "recommended", "--max-new-tokens", 1)
+    text = kvq("generate", "abc", *one, *options)
     assert text.code == 0, text.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    talk = ("chat", "--model", tiny, "--method", "recommended", "--max-new-tokens", 3)
-    assert kvq(*talk, *options).code == 0
-    wrong = kvq("chat", "--model", tiny, "--method", "recommended")
+    assert kvq("chat", *one, *options).code == 0
+    wrong = kvq("chat", *one)
     assert wrong.code == 2 and "recommended must be fitted to a text" in wrong.err
-    coarser = ("--method", "transform_coding", "--bits", 3)
-    other = kvq("generate", "abc", "--model", tiny, *coarser, *options)
-    assert other.code == 1 and "was fitted for the method" in other.err
+    (folder / "recommended").rename(folder / "transform_coding")
+    other = ("--model", tiny, "--method", "transform_coding", "--bits", 3.5)
+    refused = kvq("generate", "abc", *other, *options)
+    assert refused.code == 1 and "was fitted for the method" in refused.err
 
 
 def test_table_gzip_and_stdin(kvq, tiny, text_file, tmp_path, monkeypatch):

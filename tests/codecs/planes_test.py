@@ -121,6 +121,20 @@ def test_errors_of_latents_are_errors_in_the_metric(getkey):
         assert error.mean() < 1.05 * known * np.square(z).mean()
 
 
+@pytest.mark.parametrize("draw", [jax.random.normal, jax.random.exponential, jax.random.laplace])
+def test_levels_are_as_good_as_the_best_of_many(draw, getkey):
+    z = draw(getkey(), (2048,)) * 3 + 5
+    sample = Sample(z[None, :, None, None], jnp.ones((1, 2048), bool))
+    error = find_latents(sample).error[0]
+    z = np.sort(z)[:, None, None]
+    ends = np.linspace(z[0, 0, 0], z[-1, 0, 0], 60)
+    low, high = (x[ends[:, None] < ends] for x in np.meshgrid(ends, ends, indexing="ij"))
+    for bits in (1, 2, 4):
+        step = (high - low) / (2**bits - 1)
+        level = np.rint((z[:, 0] - low) / step).clip(0, 2**bits - 1)
+        assert error[bits] < 1.06 * np.square(z[:, 0] - low - step * level).mean(0).min()
+
+
 def test_gradients_tell_what_matters(getkey):
     """At equal bits the error that the loss sees is less than by distance alone, and v.v."""
     x = sample(getkey())
