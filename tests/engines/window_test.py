@@ -67,7 +67,6 @@ def step(method, states, k, v, *, ahead):
     [
         ("no-residual", 1),
         ("many-sinks", 1),
-        ("kivi", 5),
         ("ott-tight", 5),
         ("fitted-in-a-frame", 5),
     ],

@@ -99,15 +99,15 @@ def test_state_depends_on_tokens_not_on_cuts(case, shape, getkey):
     whole = (append if method.needs_prompt else prefill)(empty, k, v)
     assert_same(method, one_by_one(method, empty, k, v), whole)
     if shape == SHAPES["gqa"] and case.is_policy:
-        cuts, state = [1, 50, 70, 71, 180], empty
+        cuts, state = [1, 71, 180], empty
         for start, stop in zip([0, *cuts], [*cuts, NUM_TOKENS], strict=True):
             state = append(state, k[:, start:stop], v[:, start:stop])
         assert_same(method, state, whole)
 
 
-@matrix
-def test_more_bits_are_never_worse(case, shape, getkey):
-    key, errors = getkey(), []
+@pytest.mark.parametrize("case", [pytest.param(x, id=name) for name, x in CASES.items()])
+def test_more_bits_are_never_worse(case, getkey):
+    shape, key, errors = SHAPES["gqa"], getkey(), []
     for bits in (2, 4, 8):
         method, state, (k, v, q) = filled(case, shape, key, bits=bits, value_bits=bits)
         k = as_attended(method, k, shape)
