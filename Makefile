@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 
 # Two processes, a file of tests each at a time.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # With the oldest JAX that pyproject.toml admits: what depends on JAX most.
 test-oldest: OLDEST = $(shell sed -n 's/^  "jax>=\(.*\)",/\1/p' pyproject.toml)

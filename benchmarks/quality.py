@@ -2,12 +2,15 @@
 """Quality of every method on real text: KL to the dense cache, perplexity, top-1, bits.
 
     python benchmarks/quality.py handbook.txt.gz --json benchmarks/results/quality.json
+    python benchmarks/quality.py handbook.txt.gz anarchism.txt.gz --only frontier frontier-4096 \
+        --json benchmarks/results/frontier.json --plot benchmarks/results/frontier.png
 
 Any text will do; the recorded figures are of the Debian Administrator's Handbook (from Debian's
 package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
 first of the text, one after the other; the first 128 predictions of each are not scored. Bits per
 element count everything, at a length of 4096 with bfloat16 for what is dense; but what is fitted to
-texts and shared by all rows is told in bytes.
+texts and shared by all rows is told in bytes. `recall` (of the suite "frontier"): 24 times a number
+of five digits is said once in 768 tokens of the first text; the share of exact answers.
 
 The rows "peer ..." check the measuring itself. They are a second, slow account of KIVI with the
 windows of its authors' code (keys are coded 128 at a time, values one by one), made of dense
@@ -23,6 +26,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import kvq_jax as kvq
 from kvq_jax import measure
@@ -34,27 +38,35 @@ from kvq_jax.codecs.tiled import WHOLE_HEAD
 from kvq_jax.methods.dense import Dense, DenseState
 
 PEERS = {"group_size": 32, "residual_length": 128}
+OWN_TEXTS = ", own texts"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--plot", type=Path, help="draw the frontier there, of all rows of --json")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--match", default="", help="only settings whose name contains this")
     options = parser.parse_args()
     model = kvq.models.load(options.model)
     rows = []
+    questions = None
+    fitted: dict[str, kvq.Calibration] = {}
     for path in options.texts:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             tokens = model.tokenizer.encode(file.read())
+        questions = questions or passkeys(model.tokenizer, tokens)
+        fitted = {k: x for k, x in fitted.items() if k.endswith(OWN_TEXTS)}
         for name in options.only:
             context, num_windows, methods = SUITES[name]
             methods = {k: v for k, v in methods.items() if options.match in k}
             windows = measure.consecutive_windows(tokens, context, num_windows)
             start = time.perf_counter()
-            methods, params = fit(model, tokens, methods)
+            fit(fitted, model, tokens, methods)
+            methods = methods | {k: fitted[k].method for k in methods if k in fitted}
+            params = {setting: x.params for setting, x in fitted.items()}
             each = measure.evaluate_each(model.decoder, windows, methods, params=params)
             for setting, quality in each:
                 done = time.perf_counter() - start
@@ -64,33 +76,96 @@ def main():
                     row["bits_at_4096"] = measure.bits_per_element(
                         methods[setting], model.config, 4096
                     )
+                if name == "frontier" and path == options.texts[0]:
+                    one = {setting: methods[setting]}
+                    row["recall"] = measure.recall(model.decoder, *questions, one, params=params)[
+                        setting
+                    ]
                 rows.append(row)
                 print(
                     f"{done:4.0f} s  {path.name} {context:5} {setting:27}"
                     f" {row.get('bits_at_4096', 0):6.3f} bits  ppl {quality.perplexity:6.2f}"
                     f"  kl {quality.kl:.4f} ± {quality.kl_stderr:.4f}"
-                    f"  p99 {quality.kl_p99:.3f}  top1 {quality.top1:.3f}",
+                    f"  p99 {quality.kl_p99:.3f}  top1 {quality.top1:.3f}"
+                    + (f"  recall {row['recall']:.2f}" if "recall" in row else ""),
                     flush=True,
                 )
                 if options.json:
                     write(options.json, rows)
+    if options.plot:
+        plot(options.plot, rows)
 
 
 def fit(
-    model, tokens: list[int], methods: dict[str, kvq.CacheTransform]
-) -> tuple[dict[str, kvq.CacheTransform], dict]:
+    fitted: dict[str, kvq.Calibration],
+    model: kvq.models.LoadedModel,
+    tokens: list[int],
+    methods: dict[str, kvq.CacheTransform],
+) -> None:
     """Fits what is fitted to texts to the end of the text, of which no window is measured.
 
     Settings whose name ends so are fitted to what the model draws itself.
     """
-    tail = measure.consecutive_windows(tokens[-8192:], 512, 16)
-    fitted = {
-        setting: kvq.calibrate(model, None if setting.endswith("own texts") else tail, method)
-        for setting, method in methods.items()
-        if method.needs_texts
-    }
-    params = {setting: x.params for setting, x in fitted.items()}
-    return methods | {setting: x.method for setting, x in fitted.items()}, params
+    tail = measure.consecutive_windows(tokens[-16384:], 1024, 16)
+    for setting, method in methods.items():
+        if method.needs_texts and setting not in fitted:
+            texts = None if setting.endswith(OWN_TEXTS) else tail
+            fitted[setting] = kvq.calibrate(model, texts, method)
+
+
+def passkeys(tokenizer, tokens: list[int]) -> tuple[np.ndarray, int]:
+    """Returns windows of 768 tokens in which a number is said and asked for, and its tokens."""
+    rng, count, length = np.random.default_rng(0), 24, 768
+    windows = []
+    for i in range(count):
+        number = "".join(rng.choice(list("0123456789"), 5))
+        said = tokenizer.encode(
+            f" The pass key is {number}. Remember it. {number} is the pass key."
+        )
+        asked = tokenizer.encode("\nQuestion: What is the pass key?\nAnswer: The pass key is")
+        answer = tokenizer.encode(f" {number}")
+        room = length - len(said) - len(asked) - len(answer)
+        start = len(tokens) // 2 + i * length
+        text, at = tokens[start : start + room], round(room * (0.05 + 0.75 * i / (count - 1)))
+        windows.append([*text[:at], *said, *text[at:], *asked, *answer])
+        num_answered = len(answer)
+    return np.array(windows, np.int32), num_answered
+
+
+def plot(path: Path, rows: list[dict]) -> None:
+    """Draws bits and KL of every setting, a panel for each context, and their frontier."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["suite"].startswith("frontier") and row["kl"] > 0]
+    contexts = sorted({row["context"] for row in rows})
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(contexts), figsize=(7 * len(contexts), 6), sharey=True, squeeze=False
+    )
+    for panel, context in zip(panels[0], contexts, strict=True):
+        # The mean over the texts, as they are few.
+        points = {}
+        for row in rows:
+            if row["context"] == context:
+                points.setdefault(row["setting"], (row["bits_at_4096"], []))[1].append(row["kl"])
+        points = {k: (bits, float(np.mean(kl))) for k, (bits, kl) in points.items()}
+        best, front = np.inf, []
+        for setting, (bits, kl) in sorted(points.items(), key=lambda x: x[1]):
+            if kl < best:
+                best = kl
+                front.append((bits, kl))
+            ours = setting.startswith(("recommended", "transform"))
+            panel.scatter(bits, kl, color="tab:red" if ours else "tab:blue", s=18, zorder=3)
+            panel.annotate(setting, (bits, kl), (4, 2), textcoords="offset points", fontsize=7)
+        panel.step(*zip(*front, strict=True), where="post", color="0.6", zorder=1)
+        panel.set(yscale="log", title=f"context {context}", xlabel="bits per key or value")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel(f"KL to the dense cache, nats (mean of {len(texts)} texts)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -258,9 +333,43 @@ def of_papers() -> dict[str, kvq.CacheTransform]:
         "cq 2c4b": kvq.cq(channels=2, bits=4, **none),
         "cq 1c2b": kvq.cq(channels=1, bits=2, **none),
         "cq 8c8b": kvq.cq(channels=8, bits=8, **none),
-        "recommended, own texts": kvq.recommended(),
-        "recommended": kvq.recommended(),
         "transform_coding, by distance": kvq.transform_coding(weighs=False),
+    }
+
+
+def frontier() -> dict[str, kvq.CacheTransform]:
+    """Every method as it comes, with 2 and 4 bits where it has them, and the best of each."""
+    small = {"group_size": 32, "residual_length": 32}
+    tracer = kvq.OutlierTracer(1, 0, "position", untraced_layers=0)
+    return {
+        "dense": kvq.dense(),
+        "kivi": kvq.kivi(group_size=64, residual_length=0),
+        "kivi 4-bit": kvq.kivi(bits=4, group_size=64, residual_length=0),
+        "ott": kvq.ott(),
+        "ott g32": kvq.ott(num_auxiliary=8, **small),
+        "ott 4-bit": kvq.ott(bits=4),
+        "ott k4v2": kvq.ott(bits=4, value_bits=2),
+        "sink": kvq.sink(),
+        "nqkv": kvq.nqkv(),
+        "decoquant": kvq.decoquant(),
+        "squat": kvq.squat(),
+        "svdq": kvq.svdq(),
+        "adaquant k4v2": kvq.adaquant(),
+        "turboquant 2-bit": kvq.turboquant(bits=2),
+        "turboquant": kvq.turboquant(),
+        "tokennorm": kvq.tokennorm(group_size=64, residual_length=0),
+        "tokennorm, 1 sink": kvq.tokennorm(group_size=64, residual_length=0, tracer=tracer),
+        "kvarn": kvq.kvarn(),
+        "kvquant 2-bit": kvq.kvquant(bits=2),
+        "kvquant 3-bit": kvq.kvquant(bits=3),
+        "kvquant 4-bit": kvq.kvquant(bits=4),
+        "cq 2c8b": kvq.cq(channels=2, bits=8),
+        "cq 4c8b": kvq.cq(channels=4, bits=8),
+        "cq 8c8b": kvq.cq(channels=8, bits=8),
+        "transform_coding 1.25-bit" + OWN_TEXTS: kvq.transform_coding(bits=1.25),
+        "transform_coding 3.5-bit" + OWN_TEXTS: kvq.transform_coding(bits=3.5),
+        "recommended" + OWN_TEXTS: kvq.recommended(),
+        "recommended": kvq.recommended(),
     }
 
 
@@ -268,6 +377,8 @@ SUITES = {
     "1024": (1024, 6, at_1024()),
     "4096": (4096, 2, at_4096()),
     "papers": (1024, 6, of_papers()),
+    "frontier": (1024, 6, frontier()),
+    "frontier-4096": (4096, 2, frontier()),
 }
 
 if __name__ == "__main__":

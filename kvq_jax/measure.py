@@ -85,38 +85,19 @@ def evaluate_each(
 ) -> Iterator[tuple[str, Quality]]:
     """Yields each method's name and figures as soon as they are there; see `evaluate`."""
     windows = np.asarray(windows, np.int32)
-    num_windows, context = windows.shape
+    context = windows.shape[1]
     if context - 1 <= skip:
         raise ValueError(f"windows of {context} tokens leave nothing to score after skip={skip}")
     params = {} if params is None else params
-    for name, method in methods.items():
-        if method.needs_texts and name not in params:
-            raise ValueError(f"{name} needs parameters: kvq_jax.calibrate makes them")
+    _check_params(methods, params)
 
-    def hidden_states(name: str, method: CacheTransform) -> Array:
-        cache = init_states(
-            decoder.config, method, num_windows, context, decoder.dtype, params.get(name)
-        )
-        parts, start = [], 0
-        if method.needs_prompt and skip:
-            tokens = jnp.asarray(windows[:, :skip])
-            hidden, cache = decoder.prefill(tokens, cache, method, run_layer=_prefill_layer)
-            parts, start = [hidden], skip
-        # The last token's prediction is of no use; but with it calls are more often of one size.
-        for end in itertools.accumulate(method.exact_calls(context)):
-            if end <= start:
-                continue
-            tokens = jnp.asarray(windows[:, start:end])
-            hidden, cache = decoder(tokens, cache, method, run_layer=_run_layer)
-            parts.append(hidden.block_until_ready())
-            start = end
-            if on_progress:
-                on_progress(name, start, context)
-        return jnp.concatenate(parts, axis=1)
+    def run(name: str, method: CacheTransform) -> Array:
+        progress = on_progress and functools.partial(on_progress, name)
+        return _hidden_states(decoder, windows, method, skip, params.get(name), progress)
 
-    reference = hidden_states("dense", dense())
+    reference = run("dense", dense())
     for name, method in methods.items():
-        hidden = reference if method == dense() else hidden_states(name, method)
+        hidden = reference if method == dense() else run(name, method)
         parts = []
         for start in range(skip, context - 1, 128):  # logits of a few tokens at a time
             part = slice(start, min(start + 128, context - 1))
@@ -139,6 +120,76 @@ def evaluate_each(
                 top1=float(same.mean()),
             ),
         )
+
+
+def recall(
+    decoder: Decoder,
+    windows: Int[Array, "B T"] | np.ndarray,
+    num_answered: int,
+    methods: dict[str, CacheTransform],
+    *,
+    skip: int = 128,
+    params: Mapping[str, Sequence[Params]] | None = None,
+) -> dict[str, float]:
+    """Returns the share of windows whose last tokens are what greedy decoding would answer.
+
+    Args:
+      decoder: the model.
+      windows: token ids, one question with its answer a row.
+      num_answered: tokens of the answer.
+      methods: by name.
+      skip: as in `evaluate`.
+      params: as in `evaluate`.
+    """
+    windows = np.asarray(windows, np.int32)
+    params = {} if params is None else params
+    _check_params(methods, params)
+    shares = {}
+    for name, method in methods.items():
+        hidden = _hidden_states(decoder, windows, method, skip, params.get(name), None)
+        answers = np.asarray(_likeliest(decoder, hidden[:, -num_answered - 1 : -1]))
+        shares[name] = float((answers == windows[:, -num_answered:]).all(1).mean())
+    return shares
+
+
+def _check_params(methods: dict[str, CacheTransform], params: Mapping) -> None:
+    for name, method in methods.items():
+        if method.needs_texts and name not in params:
+            raise ValueError(f"{name} needs parameters: kvq_jax.calibrate makes them")
+
+
+def _hidden_states(
+    decoder: Decoder,
+    windows: Int[np.ndarray, "B T"],
+    method: CacheTransform,
+    skip: int,
+    params: Sequence[Params] | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Array:
+    """Returns the last hidden states `B T D`, each token's from the cache as it stood then."""
+    num_windows, context = windows.shape
+    cache = init_states(decoder.config, method, num_windows, context, decoder.dtype, params)
+    parts, start = [], 0
+    if method.needs_prompt and skip:
+        tokens = jnp.asarray(windows[:, :skip])
+        hidden, cache = decoder.prefill(tokens, cache, method, run_layer=_prefill_layer)
+        parts, start = [hidden], skip
+    # The last token's prediction is of no use; but with it calls are more often of one size.
+    for end in itertools.accumulate(method.exact_calls(context)):
+        if end <= start:
+            continue
+        tokens = jnp.asarray(windows[:, start:end])
+        hidden, cache = decoder(tokens, cache, method, run_layer=_run_layer)
+        parts.append(hidden.block_until_ready())
+        start = end
+        if on_progress:
+            on_progress(start, context)
+    return jnp.concatenate(parts, axis=1)
+
+
+@jax.jit
+def _likeliest(decoder: Decoder, hidden: Array) -> Array:
+    return decoder.logits(hidden).argmax(-1)
 
 
 # A layer at a time: one compilation serves all layers.

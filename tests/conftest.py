@@ -12,6 +12,28 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# That take a minute or more, the longest first.
+LONG = (
+    "contract_test.py",
+    "calls_test.py",
+    "mosaic_tpu_test.py",
+    "tpu_step_test.py",
+    "window_test.py",
+    "layout_test.py",
+    "generation_test.py",
+    "evaluate_test.py",
+    "sharding_test.py",
+    "decode_attention_test.py",
+    "decoder_test.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts long files first, so that processes that share the files end together."""
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_go_with_their_module():
     """Frees them: XLA:CPU maps memory for each, and a process may have 65530 mappings."""

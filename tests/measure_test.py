@@ -58,6 +58,15 @@ def test_figures_are_those_of_single_steps(decoder):
     assert all(seen[i][1] <= seen[i][2] for i in range(len(seen)))
 
 
+def test_recall_is_what_greedy_decoding_answers(decoder):
+    """Two windows end as the model itself goes on, the third does not."""
+    prompts = np.random.default_rng(1).integers(0, 128, (3, 146)).tolist()
+    answers = kvq.generate(decoder, prompts, method=kvq.dense(), max_new_tokens=4).tokens
+    answers[2][2] = (answers[2][2] + 1) % 128
+    windows = np.array([x + y for x, y in zip(prompts, answers, strict=True)], np.int32)
+    assert measure.recall(decoder, windows, 4, {"dense": kvq.dense()}) == {"dense": 2 / 3}
+
+
 def test_windows_are_consecutive():
     windows = measure.consecutive_windows(range(100), 30, 3)
     assert windows.tolist() == [list(range(i, i + 30)) for i in (0, 30, 60)]

@@ -65,7 +65,6 @@ def step(method, states, k, v, *, ahead):
 @pytest.mark.parametrize(
     "name, num_tokens",
     [
-        ("no-residual", 1),
         ("many-sinks", 1),
         ("ott-tight", 5),
         ("fitted-in-a-frame", 5),
