@@ -46,8 +46,8 @@ class Case(NamedTuple):
       nbytes: bytes of a state from the spec, bits, and the coded slots and blocks of a row, as
         the method's docstring has it. A method that finds sizes gives these for bits.
       shapes: to run it on; one does for those that differ from others in policy or codec alone.
-      codec_only: whether it differs from another case in the codecs alone: then `calls_test.py`
-        would say nothing new.
+      codec_only: whether it differs from another case in the codecs alone, or in the score of
+        outliers: then `calls_test.py` would say nothing new.
       worst: largest error of one number of `contract.tokens` in 8 bits.
     """
 
@@ -188,11 +188,13 @@ CASES = {
     "kivi": Case(coded_with(kvq.kivi), kivi_nbytes, tuple(SHAPES)),
     "ott": Case(coded_with(kvq.ott), pool_nbytes(3, 32), tuple(SHAPES)),
     "ott-l2-shared": Case(
-        coded_with(kvq.ott, score="l2", share_heads=True, num_outliers=2), pool_nbytes(2, 32)
+        coded_with(kvq.ott, score="l2", share_heads=True, num_outliers=2),
+        pool_nbytes(2, 32),
+        codec_only=True,
     ),
     # The auxiliary pool overflows within the test's tokens, so tracing stops.
     "ott-tight": Case(coded_with(kvq.ott, num_outliers=4, num_auxiliary=3), pool_nbytes(4, 3)),
-    "sink": Case(coded_with(kvq.sink), pool_nbytes(4, 0)),
+    "sink": Case(coded_with(kvq.sink), pool_nbytes(4, 0), codec_only=True),
     # Levels are sparse where numbers are rare.
     "nqkv": Case(coded_with(kvq.nqkv), token_nbytes, codec_only=True, worst=0.1),
     "turboquant": Case(coded_with(kvq.turboquant), token_nbytes, codec_only=True, worst=0.6),
