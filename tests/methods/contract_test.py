@@ -46,7 +46,7 @@ def test_attend_is_dense_attention_over_read(case, shape, getkey):
     method, state, (_, _, q) = filled(case, shape, getkey(), lengths)
     kv = jax.jit(method.read)(state)
     bound = tolerance(shape)
-    # Another codec alone is attended to alike by one token and by several.
+    # Other codecs and other shapes are attended to alike by one token and by several.
     for num_queries in (1, 3) if case.is_policy and shape == SHAPES["gqa"] else (3,):
         expected = dense_attention(q[:, :num_queries], kv, state.length)
         for implementation in ("xla", "reference"):
