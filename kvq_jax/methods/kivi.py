@@ -51,13 +51,24 @@ def kivi(
     """
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
+    key_codec, value_codec = kivi_codecs(bits, value_bits, group_size, value_group_size)
     return Window(
-        key_codec=Affine(bits, tile=(group_size, 1)),
-        value_codec=Affine(
-            bits if value_bits is None else value_bits,
-            tile=(1, group_size if value_group_size is None else value_group_size),
-        ),
+        key_codec=key_codec,
+        value_codec=value_codec,
         group_size=group_size,
         residual_length=residual_length,
         tracer=tracer,
+    )
+
+
+def kivi_codecs(
+    bits: int, value_bits: int | None, group_size: int, value_group_size: int | None
+) -> tuple[Affine, Affine]:
+    """Returns KIVI's codecs of keys and of values; arguments are those of `kivi`."""
+    return (
+        Affine(bits, tile=(group_size, 1)),
+        Affine(
+            bits if value_bits is None else value_bits,
+            tile=(1, group_size if value_group_size is None else value_group_size),
+        ),
     )

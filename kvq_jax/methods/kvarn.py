@@ -19,11 +19,11 @@ Bytes of a state: KIVI's, and for each KV head and row 2 C (1 + H / g): factors 
 slot's key, and of each channel of each group's values.
 """
 
-from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.frames import Hadamard
 from kvq_jax.codecs.normalized import Normalized
 from kvq_jax.engines.outliers import OutlierTracer
 from kvq_jax.engines.window import Window
+from kvq_jax.methods.kivi import kivi_codecs
 
 _ROUNDS = 4
 
@@ -47,12 +47,10 @@ def kvarn(
       residual_length: latest tokens in full precision at the least.
       tracer: keeps outlier tokens apart. It sees rotated keys, whose "l2" is that of the keys.
     """
-    value_codec = Affine(
-        max(1, bits // 2) if value_bits is None else value_bits,
-        tile=(1, group_size if value_group_size is None else value_group_size),
-    )
+    value_bits = max(1, bits // 2) if value_bits is None else value_bits
+    key_codec, value_codec = kivi_codecs(bits, value_bits, group_size, value_group_size)
     return Window(
-        key_codec=Normalized(Affine(bits, tile=(group_size, 1)), "token", _ROUNDS),
+        key_codec=Normalized(key_codec, "token", _ROUNDS),
         value_codec=Normalized(value_codec, "channel", _ROUNDS),
         group_size=group_size,
         residual_length=residual_length,

@@ -18,10 +18,10 @@ Without a prompt's queries it is KIVI.
 Bytes of a state: KIVI's, and 4 H² for each KV head and row.
 """
 
-from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.feedback import Feedback
 from kvq_jax.engines.outliers import OutlierTracer
 from kvq_jax.engines.window import Window
+from kvq_jax.methods.kivi import kivi_codecs
 
 
 def squat(
@@ -49,14 +49,12 @@ def squat(
       channel_block: channels that are coded together.
       tracer: keeps outlier tokens apart.
     """
+    _, value_codec = kivi_codecs(bits, value_bits, group_size, value_group_size)
     return Window(
         key_codec=Feedback(
             bits, (group_size, 1), channel_block=channel_block, rank=rank, weight=weight
         ),
-        value_codec=Affine(
-            bits if value_bits is None else value_bits,
-            tile=(1, group_size if value_group_size is None else value_group_size),
-        ),
+        value_codec=value_codec,
         group_size=group_size,
         residual_length=residual_length,
         tracer=tracer,

@@ -17,11 +17,11 @@ coded together, a group at a time.
 Bytes of a state: KIVI's, and 2 C for each KV head and row: a factor of each coded slot.
 """
 
-from kvq_jax.codecs.affine import Affine
 from kvq_jax.codecs.frames import Hadamard
 from kvq_jax.codecs.normalized import Normalized
 from kvq_jax.engines.outliers import OutlierTracer
 from kvq_jax.engines.window import Window
+from kvq_jax.methods.kivi import kivi_codecs
 
 
 def tokennorm(
@@ -43,12 +43,10 @@ def tokennorm(
       residual_length: as in `kivi`.
       tracer: keeps outlier tokens apart. It sees rotated keys, whose "l2" is that of the keys.
     """
+    key_codec, value_codec = kivi_codecs(bits, value_bits, group_size, value_group_size)
     return Window(
-        key_codec=Normalized(Affine(bits, tile=(group_size, 1)), "token"),
-        value_codec=Affine(
-            bits if value_bits is None else value_bits,
-            tile=(1, group_size if value_group_size is None else value_group_size),
-        ),
+        key_codec=Normalized(key_codec, "token"),
+        value_codec=value_codec,
         group_size=group_size,
         residual_length=residual_length,
         key_frame=Hadamard(),
