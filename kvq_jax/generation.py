@@ -237,7 +237,7 @@ def drawing_step(
 
     def run(states, drawn, key):
         if method.lacks_room(count, 1):
-            states = _make_room(states, method)
+            states = tuple(_make_room(state, method) for state in states)
         count[:] += 1
         return step(params, states, drawn, key)
 
@@ -267,9 +267,11 @@ def _draw(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Array
     return Drawn(tokens, jnp.isfinite(logits).all(-1), step)
 
 
-@functools.partial(jax.jit, static_argnames="method", donate_argnames="states")
-def _make_room(states: tuple[Any, ...], method: CacheTransform) -> tuple[Any, ...]:
-    return method.make_room(states, 1)[0]
+# A layer at a time, as in prefill: in one program all layers took long to compile.
+@functools.partial(jax.jit, static_argnames="method", donate_argnames="state")
+def _make_room(state: Any, method: CacheTransform) -> Any:
+    (state,), _ = method.make_room((state,), 1)
+    return state
 
 
 @functools.lru_cache(maxsize=32)
