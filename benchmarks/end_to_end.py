@@ -259,7 +259,7 @@ def time_decode(
         nonlocal drawn, states
         times = [time.perf_counter()]
         for _ in range(steps):
-            previous, (drawn, states) = drawn, step(states, drawn, key)
+            previous, (drawn, _, states) = drawn, step(states, drawn, key)
             if not jax.device_get(previous).finite.all():
                 raise FloatingPointError("the logits are not finite")
             times.append(time.perf_counter())

@@ -4,6 +4,7 @@
     python benchmarks/quality.py handbook.txt.gz --json benchmarks/results/quality.json
     python benchmarks/quality.py handbook.txt.gz anarchism.txt.gz --only frontier frontier-4096 \
         --json benchmarks/results/frontier.json --plot benchmarks/results/frontier.png
+    python benchmarks/quality.py --json FILE --plot FILE   # draws what --json holds
 
 Any text will do; the recorded figures are of the Debian Administrator's Handbook (from Debian's
 package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
@@ -21,6 +22,7 @@ import argparse
 import dataclasses
 import gzip
 import json
+import re
 import time
 from pathlib import Path
 
@@ -43,15 +45,23 @@ OWN_TEXTS = ", own texts"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("texts", type=Path, nargs="*")
+    parser.add_argument("--json", type=Path, help="add the figures to those there, or replace them")
     parser.add_argument("--plot", type=Path, help="draw the frontier there, of all rows of --json")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--match", default="", help="only settings whose name contains this")
+    parser.add_argument("--match", default="", help="only settings in whose name this regex is")
     options = parser.parse_args()
+    rows = read(options.json)
+    if options.texts:
+        run(options, rows)
+    if options.plot:
+        plot(options.plot, list(rows.values()))
+
+
+def run(options: argparse.Namespace, rows: dict[tuple, dict]) -> None:
+    """Measures, adding to `rows`."""
     model = kvq.models.load(options.model)
-    rows = []
     questions = None
     fitted: dict[str, kvq.Calibration] = {}
     for path in options.texts:
@@ -61,7 +71,7 @@ def main():
         fitted = {k: x for k, x in fitted.items() if k.endswith(OWN_TEXTS)}
         for name in options.only:
             context, num_windows, methods = SUITES[name]
-            methods = {k: v for k, v in methods.items() if options.match in k}
+            methods = {k: v for k, v in methods.items() if re.search(options.match, k)}
             windows = measure.consecutive_windows(tokens, context, num_windows)
             start = time.perf_counter()
             fit(fitted, model, tokens, methods)
@@ -81,7 +91,7 @@ def main():
                     row["recall"] = measure.recall(model.decoder, *questions, one, params=params)[
                         setting
                     ]
-                rows.append(row)
+                rows[path.name, name, setting] = row
                 print(
                     f"{done:4.0f} s  {path.name} {context:5} {setting:27}"
                     f" {row.get('bits_at_4096', 0):6.3f} bits  ppl {quality.perplexity:6.2f}"
@@ -92,8 +102,6 @@ def main():
                 )
                 if options.json:
                     write(options.json, rows)
-    if options.plot:
-        plot(options.plot, rows)
 
 
 def fit(
@@ -168,9 +176,18 @@ def plot(path: Path, rows: list[dict]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write(path: Path, rows: list[dict]) -> None:
+def read(path: Path | None) -> dict[tuple, dict]:
+    """Returns the rows of an earlier run by text, suite and setting."""
+    if path is None or not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {(row["text"], row["suite"], row["setting"]): row for row in rows}
+
+
+def write(path: Path, rows: dict[tuple, dict]) -> None:
     """Writes what there is; a long run that is cut off keeps its rows."""
-    report = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rows": rows}
+    device = jax.devices()[0].device_kind
+    report = {"jax": jax.__version__, "device": device, "rows": list(rows.values())}
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 

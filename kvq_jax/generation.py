@@ -32,11 +32,12 @@ class Generation:
       tokens: new tokens of each row, a stop token that ended it included.
       texts: their text, special tokens left out; [] for a model without a tokenizer.
       states: the cache of each layer at the end: of the prompts and all steps' tokens but the
-        last, which is not fed back. It may be in as well where stop tokens ended the batch, since
-        the next step is under way by then; `states[0].length` tells.
+        last, which is not fed back. More are in where stop tokens ended the batch, since the next
+        call is under way by then, or calls of several steps went past the last token;
+        `states[0].length` tells.
       prefill_seconds: time until the first token, compilation included if there was any.
-      tokens_per_second: of all rows together, from the second decode step on; the first may
-        compile. NaN if there was no second one.
+      tokens_per_second: of all rows together, from the second call that decodes on; the first
+        may compile. NaN if there was no second one.
     """
 
     tokens: list[list[int]]
@@ -57,12 +58,14 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     capacity: int | None = None,
+    steps_per_call: int = 1,
     on_tokens: Callable[[np.ndarray], None] | None = None,
 ) -> Generation:
     """Decodes a batch of prompts of any lengths.
 
-    New tokens go from step to step on the device. The host reads those of a step while the next
-    one runs, so that the device never waits for it.
+    New tokens go from step to step on the device. The host reads those of a call while the next
+    one runs, so that the device never waits for it; unless the host takes longer to start a call
+    than the device to run it, as with a small model on a GPU: `steps_per_call`.
 
     Prompts are padded to a bucket of lengths (`bucket`) and the cache to a multiple of 512
     tokens; each pair of sizes compiles once for a method, whatever the prompts.
@@ -78,7 +81,10 @@ def generate(
       stop_tokens: token ids that end a row, or a list of them for each row; None takes the
         tokenizer's, () none.
       capacity: tokens a row of the cache can hold; None takes what is needed.
-      on_tokens: called after each step with its new tokens, `int32[B]`, -1 for a row that has
+      steps_per_call: steps that the device is told to run at a time. Of the last call's, those
+        past `max_new_tokens` are in vain; groups are coded for a call as for a step that adds
+        as many tokens.
+      on_tokens: called with the new tokens of each step, `int32[B]`, -1 for a row that has
         ended; for printing as they come.
 
     Raises:
@@ -98,47 +104,53 @@ def generate(
         raise ValueError(f"{method} needs parameters: kvq_jax.calibrate makes them")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if steps_per_call < 1:
+        raise ValueError(f"steps_per_call must be at least 1, got {steps_per_call}")
     # The last new token is returned, not fed back.
-    needed = max(map(len, ids)) + max_new_tokens - 1
+    calls = -(-(max_new_tokens - 1) // steps_per_call)
+    needed = max(map(len, ids)) + calls * steps_per_call
     if capacity is None:
         capacity = round_capacity(needed)
     if capacity < needed:
         raise ValueError(
-            f"a prompt of {max(map(len, ids))} tokens and {max_new_tokens} new ones need a "
-            f"capacity of {needed}, got {capacity}"
+            f"a prompt of {max(map(len, ids))} tokens and {max_new_tokens} new ones, "
+            f"{steps_per_call} a call, need a capacity of {needed}, got {capacity}"
         )
 
     start = time.perf_counter()
-    step = drawing_step(decoder, method, sampling, list(map(len, ids)))
+    step = drawing_step(decoder, method, sampling, list(map(len, ids)), steps_per_call)
     key = jax.random.key(seed)
     states = init_states(decoder.config, method, len(ids), capacity, decoder.dtype, params)
     logits, states = prefill(decoder, method, states, pad(ids))
-    drawn = _draw(logits, sampling, key, jnp.zeros((), jnp.int32))
-    unread = collections.deque([drawn])
+    last = _draw(logits, sampling, key, jnp.zeros((), jnp.int32))
+    unread = collections.deque([_stacked(last)])
     tokens: list[list[int]] = [[] for _ in ids]
     done = np.zeros(len(ids), bool)
     marks = []
-    for i in range(max_new_tokens):
-        # One step runs ahead from the third token on: the first doesn't wait until the step has
+    for i in range(calls + 1):
+        # One call runs ahead from the third on: the first doesn't wait until the step has
         # compiled, and at the second, when the clock starts, nothing is under way.
-        needed = min(i + 1 + (i > 1), max_new_tokens)
-        while i + len(unread) < needed:
-            drawn, states = step(states, drawn, key)
+        ahead = min(i + 1 + (i > 1), calls + 1)
+        while i + len(unread) < ahead:
+            last, drawn, states = step(states, last, key)
             unread.append(drawn)
-        new, finite, _ = jax.device_get(unread.popleft())
-        _check_finite(finite | done, i)
-        shown = np.where(done, -1, new)
+        read = jax.device_get(unread.popleft())
         marks.append(time.perf_counter())
-        for row, token in enumerate(shown.tolist()):
-            if not done[row]:
-                tokens[row].append(token)
-                done[row] = token in stops[row]
-        if on_tokens:
-            on_tokens(shown)
+        for new, finite, number in zip(read.tokens, read.finite, read.step.tolist(), strict=True):
+            if done.all() or number == max_new_tokens:
+                break
+            _check_finite(finite | done, number)
+            shown = np.where(done, -1, new)
+            for row, token in enumerate(shown.tolist()):
+                if not done[row]:
+                    tokens[row].append(token)
+                    done[row] = token in stops[row]
+            if on_tokens:
+                on_tokens(shown)
         if done.all():
             break
-    # Marks 0 and 1 are the prefill's token and that of the first step.
-    timed = sum(max(0, len(row) - 2) for row in tokens)
+    # Marks 0 and 1 are those of the prefill's token and of the first call.
+    timed = sum(max(0, len(row) - 1 - steps_per_call) for row in tokens)
     return Generation(
         tokens=tokens,
         texts=[tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
@@ -204,7 +216,7 @@ def decode_step(decoder: Decoder, method: CacheTransform) -> Callable:
 
 
 class Drawn(NamedTuple):
-    """The new tokens of a step.
+    """The new tokens of a step, or of some, which are then the leading axis.
 
     Attributes:
       tokens: one of each row.
@@ -212,15 +224,19 @@ class Drawn(NamedTuple):
       step: how many new tokens came before; it is folded into the key of the draw.
     """
 
-    tokens: Int[Array, " B"]
-    finite: Bool[Array, " B"]
-    step: Int[Array, ""]
+    tokens: Int[Array, "*S B"]
+    finite: Bool[Array, "*S B"]
+    step: Int[Array, "*S"]
 
 
 def drawing_step(
-    decoder: Decoder, method: CacheTransform, sampling: Sampling, lengths: Sequence[int]
+    decoder: Decoder,
+    method: CacheTransform,
+    sampling: Sampling,
+    lengths: Sequence[int],
+    steps_per_call: int = 1,
 ) -> Callable:
-    """Returns a jitted (states, Drawn, key) -> (Drawn of the next tokens, states).
+    """Returns a jitted (states, last Drawn, key) -> (last, all Drawn, states).
 
     As `decode_step`, with the draw in the same dispatch; and the host counts the tokens, so that
     no step has to wait until it is known whether there is something to be coded.
@@ -230,15 +246,17 @@ def drawing_step(
       method: of the states.
       sampling: how tokens are drawn.
       lengths: tokens of each row before the first step.
+      steps_per_call: one after the other.
     """
     params, structure = jax.tree.flatten(decoder)
-    step = _jitted_drawing_step(structure, method.with_room(1), sampling)
+    roomy = method.with_room(steps_per_call)
+    step = _jitted_drawing_step(structure, roomy, sampling, steps_per_call)
     count = np.array(lengths)
 
     def run(states, drawn, key):
-        if method.lacks_room(count, 1):
-            states = tuple(_make_room(state, method) for state in states)
-        count[:] += 1
+        if method.lacks_room(count, steps_per_call):
+            states = tuple(_make_room(state, method, steps_per_call) for state in states)
+        count[:] += steps_per_call
         return step(params, states, drawn, key)
 
     return run
@@ -267,10 +285,15 @@ def _draw(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Array
     return Drawn(tokens, jnp.isfinite(logits).all(-1), step)
 
 
+def _stacked(drawn: Drawn) -> Drawn:
+    """Returns what one step has drawn as a call of one step."""
+    return jax.tree.map(lambda x: x[None], drawn)
+
+
 # A layer at a time, as in prefill: in one program all layers took long to compile.
-@functools.partial(jax.jit, static_argnames="method", donate_argnames="state")
-def _make_room(state: Any, method: CacheTransform) -> Any:
-    (state,), _ = method.make_room((state,), 1)
+@functools.partial(jax.jit, static_argnames=("method", "num_tokens"), donate_argnames="state")
+def _make_room(state: Any, method: CacheTransform, num_tokens: int) -> Any:
+    (state,), _ = method.make_room((state,), num_tokens)
     return state
 
 
@@ -286,12 +309,24 @@ def _jitted_step(structure: Any, method: CacheTransform) -> Callable:
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted_drawing_step(structure: Any, method: CacheTransform, sampling: Sampling) -> Callable:
+def _jitted_drawing_step(
+    structure: Any, method: CacheTransform, sampling: Sampling, steps: int
+) -> Callable:
     @functools.partial(jax.jit, donate_argnums=1)
-    def step(params, states, drawn, key):
+    def step(params, states, last, key):
         decoder = jax.tree.unflatten(structure, params)
-        hidden, states = decoder(drawn.tokens[:, None], states, method)
-        return _draw(decoder.logits(hidden[:, -1]), sampling, key, drawn.step + 1), states
+
+        def one(carry, _):
+            states, last = carry
+            hidden, states = decoder(last.tokens[:, None], states, method)
+            drawn = _draw(decoder.logits(hidden[:, -1]), sampling, key, last.step + 1)
+            return (states, drawn), drawn
+
+        if steps == 1:
+            (states, last), _ = one((states, last), None)
+            return last, _stacked(last), states
+        (states, last), drawn = jax.lax.scan(one, (states, last), length=steps)
+        return last, drawn, states
 
     return step
 

@@ -79,7 +79,7 @@ def test_one_compilation_serves_all_prompts_of_a_bucket(decoder):
     method = kvq.ott(group_size=32, residual_length=0)  # not compiled by another test
     kvq.generate(decoder, prompts(5), method=method, max_new_tokens=40)
     step = generation._jitted_drawing_step(
-        jax.tree.structure(decoder), method.with_room(1), kvq.Sampling()
+        jax.tree.structure(decoder), method.with_room(1), kvq.Sampling(), 1
     )
     prefills = generation._prefill_layer._cache_size()
     assert step._cache_size() == 1
@@ -91,19 +91,21 @@ def test_one_compilation_serves_all_prompts_of_a_bucket(decoder):
     assert generation._prefill_layer._cache_size() > prefills
 
 
+@pytest.mark.parametrize("steps", [1, 4])
 @methods
-def test_compiled_step_updates_the_cache_in_place(decoder, method):
+def test_compiled_step_updates_the_cache_in_place(decoder, method, steps):
     capacity = 1 << 18  # heads of 16 channels make a small cache; nothing of it is allocated
     states = jax.eval_shape(lambda: init_states(decoder.config, method, 2, capacity, jnp.float32))
     leaves, structure = jax.tree.flatten(decoder)
     token, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0)
-    drawn = generation.Drawn(token, token, jax.ShapeDtypeStruct((), jnp.int32))
+    finite = jax.ShapeDtypeStruct((2,), jnp.bool)
+    drawn = generation.Drawn(token, finite, jax.ShapeDtypeStruct((), jnp.int32))
     step = generation._jitted_drawing_step(
-        structure, method.with_room(1), kvq.Sampling(temperature=1.0)
+        structure, method.with_room(steps), kvq.Sampling(temperature=1.0), steps
     )
     for donated, lowered in (
         (states, step.lower(leaves, states, drawn, key)),
-        (states[0], generation._make_room.lower(states[0], method)),
+        (states[0], generation._make_room.lower(states[0], method, steps)),
     ):
         memory = lowered.compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.1 * kvq.nbytes(donated)
@@ -131,6 +133,8 @@ def test_buckets(length, expected):
         (["text"], {}, "takes prompts of token ids"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1] * 60], {"capacity": 100}, "need a capacity of 123, got 100"),
+        ([[1]], {"capacity": 65, "steps_per_call": 5}, "5 a call, need a capacity of 66, got 65"),
+        ([[1]], {"steps_per_call": 0}, "steps_per_call must be at least 1, got 0"),
         ([[1], [2]], {"stop_tokens": [[1]]}, "1 lists of stop tokens for 2 prompts"),
     ],
 )
@@ -156,10 +160,10 @@ def test_the_error_names_the_step_whose_logits_were_not_finite(decoder, monkeypa
     def breaking(*args):
         run = drawing_step(*args)
 
-        def broken(states, drawn, key):
-            drawn, states = run(states, drawn, key)
-            broke = (drawn.step >= step) & jnp.array([False, True])
-            return drawn._replace(finite=drawn.finite & ~broke), states
+        def broken(states, last, key):
+            last, drawn, states = run(states, last, key)
+            broke = (drawn.step[:, None] >= step) & jnp.array([False, True])
+            return last, drawn._replace(finite=drawn.finite & ~broke), states
 
         return broken
 
@@ -187,6 +191,56 @@ def test_draws_are_those_of_a_plain_loop(decoder):
     coded = [np.asarray(x[0].coded.num_coded) for x in (result.states, states)]
     np.testing.assert_array_equal(*coded)
     assert len(set(coded[0].tolist())) == 3
+
+
+def test_steps_of_a_call_are_those_of_as_many_calls(decoder):
+    """Rows end in the midst of calls, and the last call goes past the last token."""
+    ragged, free = prompts(7, 40, 80), None
+    for steps in (1, 2, 5):
+        shown = []
+        result = kvq.generate(
+            decoder,
+            ragged,
+            method=kvq.dense(),
+            max_new_tokens=13,
+            sampling=DRAWN,
+            steps_per_call=steps,
+            stop_tokens=[(), (), free[2][6:7]] if free else (),
+            on_tokens=shown.append,
+        )
+        step = generation._jitted_drawing_step(
+            jax.tree.structure(decoder), kvq.dense(), DRAWN, steps
+        )
+        assert step._cache_size() == 1
+        free = free or result.tokens
+        end = 7 if steps > 1 else 13
+        assert result.tokens == [*free[:2], free[2][:end]]
+        assert np.stack(shown, 1)[2].tolist() == result.tokens[2] + [-1] * (13 - end)
+        assert result.states[0].length[0] == 7 + -(-12 // steps) * steps
+
+
+def test_groups_are_coded_before_a_call(decoder):
+    """As a call that adds as many tokens would: that's what the windows are for."""
+    steps, room, ragged = 5, OTT.with_room(5), prompts(7, 40, 80)
+    states = init_states(decoder.config, OTT, 3, 512, jnp.float32)
+    logits, states = generation.prefill(decoder, OTT, states, generation.pad(ragged))
+    run = generation.decode_step(decoder, room)
+    expected = [logits.argmax(-1)]
+    for i in range(60):
+        if i % steps == 0:
+            states, _ = jax.jit(lambda x: (OTT.make_room(x, steps)[0], 0))(states)
+        logits, states = run(states, expected[-1][:, None])
+        expected.append(logits.argmax(-1))
+    result = kvq.generate(decoder, ragged, method=OTT, max_new_tokens=61, steps_per_call=steps)
+    assert result.tokens == np.stack(expected, 1).tolist()
+    for got, want in zip(jax.tree.leaves(result.states), jax.tree.leaves(states), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_window_without_room_for_a_call_is_refused(decoder):
+    method = kvq.ott(group_size=32, residual_length=2)
+    with pytest.raises(ValueError, match=r"room for 4 tokens .* least 3, got 2"):
+        kvq.generate(decoder, prompts(5), method=method, steps_per_call=4)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 7])

@@ -109,6 +109,11 @@ class Window(SegmentedCache):
     def __post_init__(self):
         if self.residual_length < 0:
             raise ValueError(f"residual_length must be at least 0, got {self.residual_length}")
+        if not 0 <= self.room <= self.residual_length + 1:
+            raise ValueError(
+                f"room for {self.room} tokens at a time needs a residual_length of at least "
+                f"{self.room - 1}, got {self.residual_length}"
+            )
         if self.layout not in (None, *get_args(Layout)):
             raise ValueError(f"layout must be one of {get_args(Layout)}, got {self.layout!r}")
         if self.pre_rope and self.key_frame != AS_GIVEN:
