@@ -10,8 +10,8 @@ Any text will do; the recorded figures are of the Debian Administrator's Handboo
 package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
 first of the text, one after the other; the first 128 predictions of each are not scored. Bits per
 element count everything, at a length of 4096 with bfloat16 for what is dense; but what is fitted to
-texts and shared by all rows is told in bytes. `recall` (of the suite "frontier"): 24 times a number
-of five digits is said once in 768 tokens of the first text; the share of exact answers.
+texts and shared by all rows is told in bytes. Suite "passkey": 24 times a number of five digits is
+said in 768 tokens of text; the share of exact answers.
 
 The rows "peer ..." check the measuring itself. They are a second, slow account of KIVI with the
 windows of its authors' code (keys are coded 128 at a time, values one by one), made of dense
@@ -24,6 +24,7 @@ import gzip
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -62,46 +63,60 @@ def main():
 def run(options: argparse.Namespace, rows: dict[tuple, dict]) -> None:
     """Measures, adding to `rows`."""
     model = kvq.models.load(options.model)
-    questions = None
     fitted: dict[str, kvq.Calibration] = {}
     for path in options.texts:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             tokens = model.tokenizer.encode(file.read())
-        questions = questions or passkeys(model.tokenizer, tokens)
         fitted = {k: x for k, x in fitted.items() if k.endswith(OWN_TEXTS)}
         for name in options.only:
-            context, num_windows, methods = SUITES[name]
-            methods = {k: v for k, v in methods.items() if re.search(options.match, k)}
-            windows = measure.consecutive_windows(tokens, context, num_windows)
             start = time.perf_counter()
+            methods = {k: v for k, v in SUITES[name][2].items() if re.search(options.match, k)}
             fit(fitted, model, tokens, methods)
-            methods = methods | {k: fitted[k].method for k in methods if k in fitted}
+            methods |= {k: fitted[k].method for k in methods if k in fitted}
             params = {setting: x.params for setting, x in fitted.items()}
-            each = measure.evaluate_each(model.decoder, windows, methods, params=params)
-            for setting, quality in each:
-                done = time.perf_counter() - start
-                row = {"text": path.name, "suite": name, "setting": setting}
-                row |= dataclasses.asdict(quality)
-                if not setting.startswith("peer"):
-                    row["bits_at_4096"] = measure.bits_per_element(
-                        methods[setting], model.config, 4096
-                    )
-                if name == "frontier" and path == options.texts[0]:
-                    one = {setting: methods[setting]}
-                    row["recall"] = measure.recall(model.decoder, *questions, one, params=params)[
-                        setting
-                    ]
+            for setting, figures in measured(name, model, tokens, methods, params):
+                row = {"text": path.name, "suite": name, "setting": setting} | figures
                 rows[path.name, name, setting] = row
-                print(
-                    f"{done:4.0f} s  {path.name} {context:5} {setting:27}"
-                    f" {row.get('bits_at_4096', 0):6.3f} bits  ppl {quality.perplexity:6.2f}"
-                    f"  kl {quality.kl:.4f} ± {quality.kl_stderr:.4f}"
-                    f"  p99 {quality.kl_p99:.3f}  top1 {quality.top1:.3f}"
-                    + (f"  recall {row['recall']:.2f}" if "recall" in row else ""),
-                    flush=True,
-                )
+                print(f"{time.perf_counter() - start:4.0f} s  {line(row)}", flush=True)
                 if options.json:
                     write(options.json, rows)
+
+
+def measured(
+    suite: str,
+    model: kvq.models.LoadedModel,
+    tokens: list[int],
+    methods: dict[str, kvq.CacheTransform],
+    params: dict[str, Params],
+) -> Iterator[tuple[str, dict]]:
+    """Yields the figures of each setting."""
+    context, num_windows, _ = SUITES[suite]
+    if suite == "passkey":
+        windows, num_answered = passkeys(model.tokenizer, tokens, context, num_windows)
+        for setting, method in methods.items():
+            shares = measure.recall(
+                model.decoder, windows, num_answered, {setting: method}, params=params
+            )
+            yield setting, {"context": context, "recall": shares[setting]}
+        return
+    windows = measure.consecutive_windows(tokens, context, num_windows)
+    each = measure.evaluate_each(model.decoder, windows, methods, params=params)
+    for setting, quality in each:
+        figures = dataclasses.asdict(quality)
+        if not setting.startswith("peer"):
+            figures["bits_at_4096"] = measure.bits_per_element(methods[setting], model.config, 4096)
+        yield setting, figures
+
+
+def line(row: dict) -> str:
+    head = f"{row['text']} {row['context']:5} {row['setting']:27}"
+    if "recall" in row:
+        return f"{head} recall {row['recall']:.2f}"
+    return (
+        f"{head} {row.get('bits_at_4096', 0):6.3f} bits  ppl {row['perplexity']:6.2f}"
+        f"  kl {row['kl']:.4f} ± {row['kl_stderr']:.4f}"
+        f"  p99 {row['kl_p99']:.3f}  top1 {row['top1']:.3f}"
+    )
 
 
 def fit(
@@ -121,9 +136,9 @@ def fit(
             fitted[setting] = kvq.calibrate(model, texts, method)
 
 
-def passkeys(tokenizer, tokens: list[int]) -> tuple[np.ndarray, int]:
-    """Returns windows of 768 tokens in which a number is said and asked for, and its tokens."""
-    rng, count, length = np.random.default_rng(0), 24, 768
+def passkeys(tokenizer, tokens: list[int], length: int, count: int) -> tuple[np.ndarray, int]:
+    """Returns windows of text in which a number is said and asked for, and tokens of the answer."""
+    rng = np.random.default_rng(0)
     windows = []
     for i in range(count):
         number = "".join(rng.choice(list("0123456789"), 5))
@@ -148,6 +163,8 @@ def plot(path: Path, rows: list[dict]) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in rows if row["suite"].startswith("frontier") and row["kl"] > 0]
+    if not rows:
+        raise SystemExit("nothing to draw: the suites frontier and frontier-4096 were not measured")
     contexts = sorted({row["context"] for row in rows})
     texts = list(dict.fromkeys(row["text"] for row in rows))
     figure, panels = pyplot.subplots(
@@ -396,6 +413,7 @@ SUITES = {
     "papers": (1024, 6, of_papers()),
     "frontier": (1024, 6, frontier()),
     "frontier-4096": (4096, 2, frontier()),
+    "passkey": (768, 24, frontier()),
 }
 
 if __name__ == "__main__":
