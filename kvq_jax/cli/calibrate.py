@@ -11,15 +11,15 @@ from kvq_jax.cli import options, terminal
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="Folder to write; each method gets one in it.")],
-    textfile: Annotated[
-        str | None,
-        typer.Argument(
-            help="A text, .txt or .txt.gz in UTF-8; - reads stdin. Without, the model draws one."
-        ),
-    ] = None,
-    methods: Annotated[
+    method: Annotated[
         str, typer.Option(help="Comma-separated, of those that need texts.")
     ] = "recommended",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="A file, .txt or .txt.gz in UTF-8; - reads stdin. Without, the model draws one."
+        ),
+    ] = None,
     model: options.Model = "smollm2",
     dtype: options.Dtype = "float32",
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
@@ -31,24 +31,24 @@ def calibrate(
 ) -> None:
     """Fit methods to the keys and values that a text has in a model.
 
-    For eval, generate and chat with --calibrations. It takes minutes for each method.
+    For eval, generate and chat with --params. It takes minutes for each method.
     """
-    names = [name.strip() for name in methods.split(",")]
+    names = [name.strip() for name in method.split(",")]
     caches = options.make_methods(names, bits=bits, value_bits=value_bits)
-    text = None if textfile is None else terminal.read_text(textfile)
+    content = None if text is None else terminal.read_text(text)
     loaded = terminal.load_model(model, dtype, quiet=False)
 
     from kvq_jax import calibration, measure
 
-    if text is None:
+    if content is None:
         with terminal.bar() as on_progress:
             cut = calibration.sample_texts(loaded.decoder, windows, context, seed, on_progress)
     else:
-        cut = measure.consecutive_windows(loaded.tokenizer.encode(text), context, windows)
-    for name, method in caches.items():
+        cut = measure.consecutive_windows(loaded.tokenizer.encode(content), context, windows)
+    for name, cache in caches.items():
         with terminal.bar() as on_progress:
             fitted = calibration.calibrate(
-                loaded, cut, method, num_tokens=tokens, on_progress=on_progress
+                loaded, cut, cache, num_tokens=tokens, on_progress=on_progress
             )
         calibration.save_calibration(out / name, fitted)
         terminal.err.print(f"wrote {out / name}", style="dim")

@@ -25,7 +25,7 @@ def chat(
     group_size: options.GroupSize = None,
     residual_length: options.ResidualLength = None,
     num_outliers: options.NumOutliers = None,
-    calibrations: options.Calibrations = None,
+    params: options.ParamsFolder = None,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -47,7 +47,7 @@ def chat(
     )
     sampling = options.make_sampling(temperature, top_k, top_p, min_p)
     loaded = terminal.load_model(model, dtype)
-    caches, params = options.load_fitted(calibrations, {method: cache}, loaded.config)
+    caches, fitted = options.load_fitted(params, {method: cache}, loaded.config)
 
     from kvq_jax.generation import generate
 
@@ -83,7 +83,7 @@ def chat(
                 loaded,
                 [ids],
                 method=caches[method],
-                params=params.get(method),
+                params=fitted.get(method),
                 max_new_tokens=min(max_new_tokens, room),
                 sampling=sampling,
                 seed=seed + len(ids),

@@ -35,7 +35,7 @@ def evaluate(
     group_size: options.GroupSize = None,
     residual_length: options.ResidualLength = None,
     num_outliers: options.NumOutliers = None,
-    calibrations: options.Calibrations = None,
+    params: options.ParamsFolder = None,
 ) -> None:
     """Measure how well caches predict a text, against the dense cache.
 
@@ -64,10 +64,10 @@ def evaluate(
             "give a longer text, or a smaller --windows or --context"
         )
     cut = measure.consecutive_windows(tokens, context, windows)
-    caches, params = options.load_fitted(calibrations, caches, loaded.config)
+    caches, fitted = options.load_fitted(params, caches, loaded.config)
     with progress(["dense", *caches], quiet=json) as on_progress:
         qualities = measure.evaluate(
-            loaded.decoder, cut, caches, skip=skip, params=params, on_progress=on_progress
+            loaded.decoder, cut, caches, skip=skip, params=fitted, on_progress=on_progress
         )
     if json:
         terminal.print_json(

@@ -27,7 +27,7 @@ def generate(
     group_size: options.GroupSize = None,
     residual_length: options.ResidualLength = None,
     num_outliers: options.NumOutliers = None,
-    calibrations: options.Calibrations = None,
+    params: options.ParamsFolder = None,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -53,7 +53,7 @@ def generate(
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ids = tokenizer.encode(text, add_special_tokens=not chat)
-    caches, params = options.load_fitted(calibrations, {method: cache}, loaded.config)
+    caches, fitted = options.load_fitted(params, {method: cache}, loaded.config)
 
     from kvq_jax.base import nbytes
     from kvq_jax.generation import cache_nbytes, round_capacity
@@ -69,7 +69,7 @@ def generate(
             loaded,
             [ids],
             method=caches[method],
-            params=params.get(method),
+            params=fitted.get(method),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,

@@ -49,7 +49,7 @@ NumOutliers = Annotated[
     int | None,
     typer.Option(help="Outlier tokens kept in full precision.", rich_help_panel=_METHOD),
 ]
-Calibrations = Annotated[
+ParamsFolder = Annotated[
     Path | None,
     typer.Option(
         help="Folder of kvq calibrate, for methods that need it.", rich_help_panel=_METHOD
@@ -138,7 +138,7 @@ def load_fitted(
     """
     needed = {name: method for name, method in methods.items() if method.needs_texts}
     if needed and folder is None:
-        raise UsageError(f"{', '.join(needed)} must be fitted to a text: see --calibrations")
+        raise UsageError(f"{', '.join(needed)} must be fitted to a text: see --params")
     if not needed or folder is None:
         return methods, {}
     from kvq_jax.calibration import load_calibration

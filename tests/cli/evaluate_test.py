@@ -55,9 +55,11 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(
     wrong = kvq("eval", text_file, "--methods", "svdq,cq", *sizes, "--skip", 40)
     assert wrong.code == 2 and "cq must be fitted to a text" in wrong.err
     folder = tmp_path / "fitted"
-    made = kvq("calibrate", text_file, "--out", folder, "--methods", "cq", "--bits", 4, *sizes)
+    made = kvq(
+        "calibrate", "--text", text_file, "--out", folder, "--method", "cq", "--bits", 4, *sizes
+    )
     assert made.code == 0, made.err
-    options = ("--methods", "cq", "--bits", 4, "--calibrations", folder, "--json")
+    options = ("--methods", "cq", "--bits", 4, "--params", folder, "--json")
     result = kvq("eval", text_file, *options, *sizes, "--skip", 40)
     assert result.code == 0, result.err
     assert 0 < json.loads(result.out)[0]["kl"] < 1
@@ -76,7 +78,7 @@ def test_recommended_is_fitted_to_what_the_model_draws(kvq, tiny, text_file, tmp
     folder, sizes = tmp_path / "fitted", ("--model", tiny, "--context", 97, "--windows", 2)
     made = kvq("calibrate", "--out", folder, *sizes)
     assert made.code == 0, made.err
-    options = ("--calibrations", folder)
+    options = ("--params", folder)
     result = kvq("eval", text_file, "--methods", "recommended", *sizes, "--skip", 40, *options)
     assert result.code == 0, result.err
     assert "recommended" in result.out and "KiB" in result.out  # what all rows share
