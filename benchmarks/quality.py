@@ -4,7 +4,7 @@
     python benchmarks/quality.py handbook.txt.gz --json benchmarks/results/quality.json
     python benchmarks/quality.py handbook.txt.gz anarchism.txt.gz --only frontier frontier-4096 \
         --json benchmarks/results/frontier.json --plot benchmarks/results/frontier.png
-    python benchmarks/quality.py --json FILE --plot FILE   # draws what --json holds
+    python benchmarks/quality.py --json FILE --plot FILE   # draws and lists what --json holds
 
 Any text will do; the recorded figures are of the Debian Administrator's Handbook (from Debian's
 package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
@@ -58,6 +58,7 @@ def main():
         run(options, rows)
     if options.plot:
         plot(options.plot, list(rows.values()))
+        print(table(list(rows.values())))
 
 
 def run(options: argparse.Namespace, rows: dict[tuple, dict]) -> None:
@@ -162,11 +163,11 @@ def plot(path: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["suite"].startswith("frontier") and row["kl"] > 0]
+    rows = [row for row in rows if row["suite"] in FRONTIER and row["kl"] > 0]
     if not rows:
         raise SystemExit("nothing to draw: the suites frontier and frontier-4096 were not measured")
     contexts = sorted({row["context"] for row in rows})
-    texts = list(dict.fromkeys(row["text"] for row in rows))
+    texts = list(dict.fromkeys(row["text"].split(".")[0] for row in rows))
     figure, panels = pyplot.subplots(
         1, len(contexts), figsize=(7 * len(contexts), 6), sharey=True, squeeze=False
     )
@@ -188,9 +189,33 @@ def plot(path: Path, rows: list[dict]) -> None:
         panel.step(*zip(*front, strict=True), where="post", color="0.6", zorder=1)
         panel.set(yscale="log", title=f"context {context}", xlabel="bits per key or value")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel(f"KL to the dense cache, nats (mean of {len(texts)} texts)")
+        panel.margins(x=0.12)
+    panels[0][0].set_ylabel(f"KL to the dense cache, nats, mean of {' and '.join(texts)}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def table(rows: list[dict]) -> str:
+    """Returns the frontier in Markdown: a line for each setting, KL by context and text."""
+    columns = {(row["context"], row["text"]) for row in rows if row["suite"] in FRONTIER}
+    columns = sorted(columns, key=lambda x: (x[0], x[1] != rows[0]["text"]))
+    settings: dict[str, dict] = {}
+    for row in rows:
+        if row["suite"] in (*FRONTIER, "passkey"):
+            settings.setdefault(row["setting"], {})[row["context"], row["text"]] = row
+
+    def figure(row: dict | None) -> str:
+        return f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}" if row else ""
+
+    lines = []
+    for setting, figures in settings.items():
+        bits = next((x["bits_at_4096"] for x in figures.values() if "bits_at_4096" in x), 0.0)
+        recall = next((f"{x['recall']:.2f}" for x in figures.values() if "recall" in x), "")
+        each = [figure(figures.get(column)) for column in columns]
+        lines.append((bits, " | ".join(["", setting, f"{bits:.3f}", *each, recall, ""]).strip()))
+    head = ["setting", "bits", *(f"{c}, {text.split('.')[0]}" for c, text in columns), "pass key"]
+    rule = "|".join(["", *["---"] * len(head), ""])
+    return "\n".join([" | ".join(["", *head, ""]).strip(), rule, *(x for _, x in sorted(lines))])
 
 
 def read(path: Path | None) -> dict[tuple, dict]:
@@ -407,6 +432,7 @@ def frontier() -> dict[str, kvq.CacheTransform]:
     }
 
 
+FRONTIER = ("frontier", "frontier-4096")
 SUITES = {
     "1024": (1024, 6, at_1024()),
     "4096": (4096, 2, at_4096()),

@@ -49,8 +49,6 @@ def kivi(
         costs as much memory as 1024 tokens of 2-bit codes.
       tracer: keeps outlier tokens apart; `kvq_jax.ott` is KIVI with one.
     """
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
     key_codec, value_codec = kivi_codecs(bits, value_bits, group_size, value_group_size)
     return Window(
         key_codec=key_codec,
@@ -65,6 +63,8 @@ def kivi_codecs(
     bits: int, value_bits: int | None, group_size: int, value_group_size: int | None
 ) -> tuple[Affine, Affine]:
     """Returns KIVI's codecs of keys and of values; arguments are those of `kivi`."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
     return (
         Affine(bits, tile=(group_size, 1)),
         Affine(

@@ -146,3 +146,9 @@ def test_value_groups_must_divide_the_head():
     with pytest.raises(ValueError, match="96 channels can't be cut"):
         kvq.kivi(group_size=64).init(kvq.CacheSpec(1, 1, 512, 96))
     kvq.kivi(group_size=64, value_group_size=32).init(kvq.CacheSpec(1, 1, 512, 96))
+
+
+@pytest.mark.parametrize("method", [kvq.tokennorm, kvq.squat, kvq.kvarn])
+def test_methods_made_of_kivi_take_its_group_sizes(method):
+    with pytest.raises(ValueError, match="group_size must be one of"):
+        method(group_size=48)
