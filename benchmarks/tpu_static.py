@@ -25,16 +25,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 import kvq_jax as kvq
 from kvq_jax import aot, fits
 from kvq_jax.base import CodedSegment, RingKV, nbytes
 from kvq_jax.codecs import Affine
 from kvq_jax.kernels.decode_attention.mosaic_tpu import launch, program
-from kvq_jax.models import init_states
 from kvq_jax.models.shapes import SHAPES
-from kvq_jax.models.sharding import partition_specs
 
 # Bytes and cycles a second: published bandwidth; clocks that follow from published peaks.
 CHIPS = {"v5e": (819e9, 1.5e9), "v6e": (1640e9, 1.75e9)}
@@ -279,33 +276,11 @@ def memory():
 
 def step(config, chip: str, devices: int, context: int, name: str) -> dict:
     """Compiles a decode step."""
-    dtype = jnp.bfloat16
-    method = getattr(kvq, name)()
-    if name == "ott":
-        method = dataclasses.replace(method, layout="tpu")
-    decoder = fits.abstract_decoder(config, dtype)
-    mesh = specs = None
-    if devices > 1:
-        method = kvq.Sharded(method)
-        mesh = {"heads": devices}
-        spec = kvq.CacheSpec(1, config.num_kv_heads, context, config.head_dim, dtype)
-        of_weights = jax.tree.leaves(partition_specs(decoder))
-        specs = [of_weights, (method.partition_specs(spec),) * config.num_layers, PartitionSpec()]
-    states = jax.eval_shape(functools.partial(init_states, config, method, 1, context, dtype))
-    cache = nbytes(states) / devices
+    step = fits.Step(config, getattr(kvq, name)(), context, num_devices=devices)
+    cache = nbytes(step.states) / devices
     row = {"cache_gib": cache / 2**30, "hbm_gib": aot.CHIPS[chip].hbm_bytes / 2**30}
     try:
-        compiled = aot.compile_for(
-            chip,
-            functools.partial(fits.decode_step, config, method, dtype),
-            jax.tree.leaves(decoder),
-            states,
-            jax.ShapeDtypeStruct((1, 1), jnp.int32),
-            donate_argnums=1,
-            mesh=mesh,
-            specs=specs,
-            timeout=1800,
-        )
+        compiled = step.compile_for(chip)
     except aot.DoesNotFit as error:
         return row | {"fits": False, "required_gib": error.required_bytes / 2**30}
     return row | {

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
 from kvq_jax import aot, generation
@@ -19,6 +20,8 @@ from kvq_jax.engines import Layered, Window
 from kvq_jax.kernels.decode_attention import tpu
 from kvq_jax.models import Decoder, DecoderConfig, init_states
 from kvq_jax.models.decoder import cache_spec
+from kvq_jax.models.sharding import partition_specs
+from kvq_jax.sharding import Sharded
 
 STEP = 1024
 """`Fit.max_context` is a multiple of this."""
@@ -87,22 +90,15 @@ def fits(
       ModuleNotFoundError: libtpu isn't installed.
       TimeoutError: it took too long.
     """
-    method = _as_on_tpu(config, method, dtype)
-    params = jax.tree.leaves(abstract_decoder(config, dtype))
-    states = jax.eval_shape(
-        functools.partial(init_states, config, method, batch_size, context, dtype)
-    )
-    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
-    step = functools.partial(decode_step, config, method, dtype)
+    step = Step(config, method, context, batch_size, dtype)
     try:
-        compiled = aot.compile_for(
-            chip, step, params, states, tokens, donate_argnums=1, timeout=timeout
-        )
+        compiled = step.compile_for(chip, timeout)
         required = compiled.peak_bytes
     except aot.DoesNotFit as error:
         compiled, required = None, error.required_bytes
 
-    weights, cache = nbytes(params), nbytes(states)
+    method = step.method
+    weights, cache = nbytes(step.decoder), nbytes(step.states)
     rest = max(0, required - weights - cache)
 
     hbm = aot.CHIPS[chip].hbm_bytes
@@ -143,6 +139,67 @@ def fits(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A decode step of all layers, of shapes alone.
+
+    Args:
+      config: of the model.
+      method: of the cache.
+      context: tokens that a row of the cache can hold.
+      batch_size: rows.
+      dtype: of weights, activations and what the cache doesn't code.
+      num_devices: that share the KV heads.
+    """
+
+    config: DecoderConfig
+    method: CacheTransform
+    context: int
+    batch_size: int = 1
+    dtype: Any = jnp.bfloat16
+    num_devices: int = 1
+
+    def __post_init__(self):
+        method = _as_on_tpu(self.config, self.method, self.dtype)
+        method = Sharded(method) if self.num_devices > 1 else method
+        object.__setattr__(self, "method", method)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The model, of shapes."""
+        return _abstract_decoder(self.config, self.dtype)
+
+    @functools.cached_property
+    def states(self) -> tuple[Any, ...]:
+        """All layers' caches, of shapes."""
+        sizes = self.batch_size, self.context, self.dtype
+        return jax.eval_shape(functools.partial(init_states, self.config, self.method, *sizes))
+
+    def compile_for(self, chip: str, timeout: float = 1800.0) -> aot.Compiled:
+        """Compiles it; see `aot.compile_for`.
+
+        Raises:
+          aot.DoesNotFit: its memory exceeds that of a device.
+        """
+        mesh = specs = None
+        if isinstance(self.method, Sharded):
+            spec = cache_spec(self.config, self.method, self.batch_size, self.context, self.dtype)
+            of_weights = jax.tree.leaves(partition_specs(self.decoder))
+            of_states = (self.method.partition_specs(spec),) * self.config.num_layers
+            mesh, specs = {"heads": self.num_devices}, [of_weights, of_states, PartitionSpec()]
+        return aot.compile_for(
+            chip,
+            functools.partial(decode_step, self.config, self.method, self.dtype),
+            jax.tree.leaves(self.decoder),
+            self.states,
+            jax.ShapeDtypeStruct((self.batch_size, 1), jnp.int32),
+            donate_argnums=1,
+            mesh=mesh,
+            specs=specs,
+            timeout=timeout,
+        )
+
+
 def decode_step(
     config: DecoderConfig,
     method: CacheTransform,
@@ -161,7 +218,7 @@ def decode_step(
       states: of all layers; to be donated.
       tokens: the latest of each row.
     """
-    structure = jax.tree.structure(abstract_decoder(config, dtype))
+    structure = jax.tree.structure(_abstract_decoder(config, dtype))
     decoder = jax.tree.unflatten(structure, params)
     return generation.decode_step(decoder, method)(states, tokens)
 
@@ -179,7 +236,7 @@ def _as_on_tpu(config: DecoderConfig, method: CacheTransform, dtype: Any) -> Cac
     return dataclasses.replace(method, layout="tpu" if suits else "plain")
 
 
-def abstract_decoder(config: DecoderConfig, dtype: Any) -> Decoder:
+def _abstract_decoder(config: DecoderConfig, dtype: Any) -> Decoder:
     """Returns a decoder of shapes instead of arrays."""
     return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
 

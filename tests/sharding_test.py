@@ -3,7 +3,6 @@
 
 import collections
 import dataclasses
-import functools
 import os
 import platform
 import re
@@ -11,17 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
 import kvq_jax as kvq
-from kvq_jax import aot, fits
+from kvq_jax import fits
 from kvq_jax.base import nbytes
-from kvq_jax.models import init_states
 from kvq_jax.models.shapes import SHAPES
-from kvq_jax.models.sharding import partition_specs
 
 TWO_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, kvq_jax as kvq
@@ -104,25 +100,8 @@ def test_what_heads_share_is_refused():
 )
 def test_a_step_on_four_tpus_sums_where_it_must_and_copies_nothing():
     config = dataclasses.replace(SHAPES["llama-3-8b"], num_layers=2)
-    dtype = jnp.bfloat16
-    method = kvq.Sharded(dataclasses.replace(kvq.ott(), layout="tpu"))
-    decoder = fits.abstract_decoder(config, dtype)
-    states = jax.eval_shape(functools.partial(init_states, config, method, 1, 32768, dtype))
-    spec = kvq.CacheSpec(1, config.num_kv_heads, 32768, config.head_dim, dtype)
-    compiled = aot.compile_for(
-        "v5e",
-        functools.partial(fits.decode_step, config, method, dtype),
-        jax.tree.leaves(decoder),
-        states,
-        jax.ShapeDtypeStruct((1, 1), jnp.int32),
-        donate_argnums=1,
-        mesh={"heads": 4},
-        specs=[
-            jax.tree.leaves(partition_specs(decoder)),
-            (method.partition_specs(spec),) * config.num_layers,
-            PartitionSpec(),
-        ],
-    )
+    step = fits.Step(config, kvq.ott(), 32768, num_devices=4)
+    compiled = step.compile_for("v5e")
     collectives = collections.Counter(
         re.findall(
             r" (all-\w+|reduce-scatter|collective-\w+|all-to-all)(?:-start)?\(", compiled.hlo
@@ -131,5 +110,5 @@ def test_a_step_on_four_tpus_sums_where_it_must_and_copies_nothing():
     # After the embedding, and twice a layer.
     assert collectives == {"all-reduce": 1 + 2 * config.num_layers}
     assert compiled.hlo.count('custom_call_target="tpu_custom_call"') == config.num_layers
-    assert compiled.alias_bytes >= nbytes(states) / 4  # the cache, in place
-    assert compiled.temp_bytes < nbytes(states) / 4 / 4
+    assert compiled.alias_bytes >= nbytes(step.states) / 4  # the cache, in place
+    assert compiled.temp_bytes < nbytes(step.states) / 4 / 4
