@@ -138,7 +138,11 @@ def load_fitted(
     """
     needed = {name: method for name, method in methods.items() if method.needs_texts}
     if needed and folder is None:
-        raise UsageError(f"{', '.join(needed)} must be fitted to a text: see --params")
+        names = ",".join(needed)
+        raise UsageError(
+            f"{names} must be fitted first: kvq calibrate --method {names} --out DIR makes what "
+            "--params DIR takes"
+        )
     if not needed or folder is None:
         return methods, {}
     from kvq_jax.calibration import load_calibration

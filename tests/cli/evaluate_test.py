@@ -53,7 +53,7 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(
 ):
     sizes = ("--model", tiny, "--context", 97, "--windows", 2)
     wrong = kvq("eval", text_file, "--methods", "svdq,cq", *sizes, "--skip", 40)
-    assert wrong.code == 2 and "cq must be fitted to a text" in wrong.err
+    assert wrong.code == 2 and "cq must be fitted first: kvq calibrate" in wrong.err
     folder = tmp_path / "fitted"
     made = kvq(
         "calibrate", "--text", text_file, "--out", folder, "--method", "cq", "--bits", 4, *sizes
@@ -88,7 +88,7 @@ def test_recommended_is_fitted_to_what_the_model_draws(kvq, tiny, text_file, tmp
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert kvq("chat", *one, *options).code == 0
     wrong = kvq("chat", *one)
-    assert wrong.code == 2 and "recommended must be fitted to a text" in wrong.err
+    assert wrong.code == 2 and "recommended must be fitted first: kvq calibrate" in wrong.err
     (folder / "recommended").rename(folder / "transform_coding")
     other = ("--model", tiny, "--method", "transform_coding", "--bits", 3.5)
     refused = kvq("generate", "abc", *other, *options)
