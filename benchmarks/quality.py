@@ -392,6 +392,7 @@ def of_papers() -> dict[str, kvq.CacheTransform]:
         "cq 2c4b": kvq.cq(channels=2, bits=4, **none),
         "cq 1c2b": kvq.cq(channels=1, bits=2, **none),
         "cq 8c8b": kvq.cq(channels=8, bits=8, **none),
+        "cq 8c8b r128": kvq.cq(channels=8, bits=8, group_size=32, residual_length=128),
         "transform_coding, by distance": kvq.transform_coding(weighs=False),
     }
 
