@@ -6,6 +6,10 @@
         --json benchmarks/results/frontier.json --plot benchmarks/results/frontier.png
     python benchmarks/quality.py --json FILE --plot FILE   # draws and lists what --json holds
 
+On a GPU, for float32 in full, and lest XLA tries many kernels for each product, minutes each:
+
+    export JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
+
 Any text will do; the recorded figures are of the Debian Administrator's Handbook (from Debian's
 package debian-handbook, as plain text) and An Anarchist FAQ (package anarchism). Windows are the
 first of the text, one after the other; the first 128 predictions of each are not scored. Bits per
