@@ -68,6 +68,7 @@ def main():
 def run(options: argparse.Namespace, rows: dict[tuple, dict]) -> None:
     """Measures, adding to `rows`."""
     model = kvq.models.load(options.model)
+    where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     fitted: dict[str, kvq.Calibration] = {}
     for path in options.texts:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace, rows: dict[tuple, dict]) -> None:
             methods |= {k: fitted[k].method for k in methods if k in fitted}
             params = {setting: x.params for setting, x in fitted.items()}
             for setting, figures in measured(name, model, tokens, methods, params):
-                row = {"text": path.name, "suite": name, "setting": setting} | figures
+                row = {"text": path.name, "suite": name, "setting": setting} | figures | where
                 rows[path.name, name, setting] = row
                 print(f"{time.perf_counter() - start:4.0f} s  {line(row)}", flush=True)
                 if options.json:
@@ -232,9 +233,7 @@ def read(path: Path | None) -> dict[tuple, dict]:
 
 def write(path: Path, rows: dict[tuple, dict]) -> None:
     """Writes what there is; a long run that is cut off keeps its rows."""
-    device = jax.devices()[0].device_kind
-    report = {"jax": jax.__version__, "device": device, "rows": list(rows.values())}
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps({"rows": list(rows.values())}, indent=1) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
