@@ -253,11 +253,11 @@ def drawing_step(
     step = _jitted_drawing_step(structure, roomy, sampling, steps_per_call)
     count = np.array(lengths)
 
-    def run(states, drawn, key):
+    def run(states, last, key):
         if method.lacks_room(count, steps_per_call):
             states = tuple(_make_room(state, method, steps_per_call) for state in states)
         count[:] += steps_per_call
-        return step(params, states, drawn, key)
+        return step(params, states, last, key)
 
     return run
 

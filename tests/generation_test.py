@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding: the tokens, the stops, the compilations, the memory, the errors."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -193,30 +194,24 @@ def test_draws_are_those_of_a_plain_loop(decoder):
     assert len(set(coded[0].tolist())) == 3
 
 
-def test_steps_of_a_call_are_those_of_as_many_calls(decoder):
-    """Rows end in the midst of calls, and the last call goes past the last token."""
-    ragged, free = prompts(7, 40, 80), None
-    for steps in (1, 2, 5):
-        shown = []
-        result = kvq.generate(
-            decoder,
-            ragged,
-            method=kvq.dense(),
-            max_new_tokens=13,
-            sampling=DRAWN,
-            steps_per_call=steps,
-            stop_tokens=[(), (), free[2][6:7]] if free else (),
-            on_tokens=shown.append,
-        )
-        step = generation._jitted_drawing_step(
-            jax.tree.structure(decoder), kvq.dense(), DRAWN, steps
-        )
-        assert step._cache_size() == 1
-        free = free or result.tokens
-        end = 7 if steps > 1 else 13
-        assert result.tokens == [*free[:2], free[2][:end]]
-        assert np.stack(shown, 1)[2].tolist() == result.tokens[2] + [-1] * (13 - end)
-        assert result.states[0].length[0] == 7 + -(-12 // steps) * steps
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_steps_of_a_call_are_those_of_as_many_calls(decoder, steps):
+    """A row ends in the midst of a call, and the last call goes past the last token."""
+    run = functools.partial(
+        kvq.generate,
+        decoder,
+        prompts(7, 40, 80),
+        method=kvq.dense(),
+        max_new_tokens=13,
+        sampling=DRAWN,
+    )
+    free, shown = run().tokens, []
+    result = run(steps_per_call=steps, stop_tokens=[(), (), free[2][6:7]], on_tokens=shown.append)
+    assert result.tokens == [*free[:2], free[2][:7]]
+    assert np.stack(shown, 1)[2].tolist() == free[2][:7] + [-1] * 6
+    assert result.states[0].length[0] == 7 + -(-12 // steps) * steps
+    step = generation._jitted_drawing_step(jax.tree.structure(decoder), kvq.dense(), DRAWN, steps)
+    assert step._cache_size() == 1
 
 
 def test_groups_are_coded_before_a_call(decoder):
@@ -225,10 +220,11 @@ def test_groups_are_coded_before_a_call(decoder):
     states = init_states(decoder.config, OTT, 3, 512, jnp.float32)
     logits, states = generation.prefill(decoder, OTT, states, generation.pad(ragged))
     run = generation.decode_step(decoder, room)
+    make_room = jax.jit(lambda states: OTT.make_room(states, steps)[0])
     expected = [logits.argmax(-1)]
     for i in range(60):
         if i % steps == 0:
-            states, _ = jax.jit(lambda x: (OTT.make_room(x, steps)[0], 0))(states)
+            states = make_room(states)
         logits, states = run(states, expected[-1][:, None])
         expected.append(logits.argmax(-1))
     result = kvq.generate(decoder, ragged, method=OTT, max_new_tokens=61, steps_per_call=steps)
