@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second of `generate` with a model's own weights: OTT beside the dense cache.
+"""Tokens a second of `generate` with a model's own weights: other methods beside the dense cache.
 
     python benchmarks/generate.py --json benchmarks/results/generate.json
     python benchmarks/generate.py --batch 1 16 --prompt 17 7800 --steps-per-call 1 16
+    kvq calibrate --out FITTED   # for `recommended`
+    python benchmarks/generate.py --fitted FITTED
 
 Prompts are random tokens, which changes no speed. Every figure is of the second run, when all is
 compiled; of all rows together.
@@ -19,13 +21,12 @@ import numpy as np
 
 import kvq_jax as kvq
 
-METHODS = {"dense": kvq.dense(), "ott": kvq.ott()}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--fitted", type=Path, help="what to measure `recommended` with")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, nargs="+", default=[7800], help="tokens of a row")
@@ -33,18 +34,23 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=241)
     options = parser.parse_args()
     model = kvq.models.load(options.model, dtype=jnp.dtype(options.dtype))
+    methods, params = {"dense": kvq.dense(), "ott": kvq.ott()}, {}
+    if options.fitted:
+        fitted = kvq.load_calibration(options.fitted, kvq.recommended(), model.config)
+        methods["recommended"], params["recommended"] = fitted.method, fitted.params
     rows = []
     for batch, length, steps in itertools.product(
         options.batch, options.prompt, options.steps_per_call
     ):
         prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(batch, length))
         row = {"batch": batch, "prompt": length, "steps_per_call": steps}
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             runs = [
                 kvq.generate(
                     model,
                     prompts.tolist(),
                     method=method,
+                    params=params.get(name),
                     max_new_tokens=options.new_tokens,
                     stop_tokens=(),
                     steps_per_call=steps,
@@ -53,9 +59,9 @@ def main():
             ]
             row[name] = runs[1].tokens_per_second
         rows.append(row)
+        figures = (f"{name} {row[name]:.0f} ({row[name] / row['dense']:.2f}x)" for name in methods)
         print(
-            f"batch {batch}, prompt {length}, {steps} steps a call: dense {row['dense']:.0f} "
-            f"tokens/s, ott {row['ott']:.0f}, {row['ott'] / row['dense']:.2f}x",
+            f"batch {batch}, prompt {length}, {steps} steps a call: {', '.join(figures)} tokens/s",
             flush=True,
         )
     if options.json:

@@ -42,6 +42,7 @@ from kvq_jax.codecs import Affine, Table, symmetric
 from kvq_jax.codecs.base import Sample
 from kvq_jax.codecs.nonuniform import Nonuniform
 from kvq_jax.codecs.tiled import WHOLE_HEAD
+from kvq_jax.engines.outliers import first_tokens
 from kvq_jax.methods.dense import Dense, DenseState
 
 PEERS = {"group_size": 32, "residual_length": 128}
@@ -382,6 +383,8 @@ def of_papers() -> dict[str, kvq.CacheTransform]:
         "kivi k3v8 g32 r32": kvq.kivi(bits=3, value_bits=8, **window),
         "svdq 2-bit g32 r32": kvq.svdq(**window),
         "svdq 2-bit g32 r32, texts": kvq.svdq(fits="texts", **window),
+        "svdq 2-bit g32 r32, no sinks": kvq.svdq(num_sinks=0, **window),
+        "svdq 2-bit g32 r32, texts, no sinks": kvq.svdq(fits="texts", num_sinks=0, **window),
         "absmax 4-bit": kvq.Window(absmax, absmax, group_size=32, residual_length=0),
         "nqkv 4-bit": kvq.nqkv(**none),
         "decoquant 4-bit": kvq.decoquant(**none),
@@ -395,6 +398,10 @@ def of_papers() -> dict[str, kvq.CacheTransform]:
         "cq 2c4b": kvq.cq(channels=2, bits=4, **none),
         "cq 1c2b": kvq.cq(channels=1, bits=2, **none),
         "cq 8c8b": kvq.cq(channels=8, bits=8, **none),
+        "cq 4c8b, no sinks": kvq.cq(channels=4, bits=8, num_sinks=0, **none),
+        "cq 2c4b, no sinks": kvq.cq(channels=2, bits=4, num_sinks=0, **none),
+        "cq 1c2b, no sinks": kvq.cq(channels=1, bits=2, num_sinks=0, **none),
+        "cq 8c8b, no sinks": kvq.cq(channels=8, bits=8, num_sinks=0, **none),
         "cq 8c8b r128": kvq.cq(channels=8, bits=8, group_size=32, residual_length=128),
         "transform_coding, by distance": kvq.transform_coding(weighs=False),
     }
@@ -403,7 +410,6 @@ def of_papers() -> dict[str, kvq.CacheTransform]:
 def frontier() -> dict[str, kvq.CacheTransform]:
     """Every method as it comes, with 2 and 4 bits where it has them, and the best of each."""
     small = {"group_size": 32, "residual_length": 32}
-    tracer = kvq.OutlierTracer(1, 0, "position", untraced_layers=0)
     return {
         "dense": kvq.dense(),
         "kivi": kvq.kivi(group_size=64, residual_length=0),
@@ -421,7 +427,9 @@ def frontier() -> dict[str, kvq.CacheTransform]:
         "turboquant 2-bit": kvq.turboquant(bits=2),
         "turboquant": kvq.turboquant(),
         "tokennorm": kvq.tokennorm(group_size=64, residual_length=0),
-        "tokennorm, 1 sink": kvq.tokennorm(group_size=64, residual_length=0, tracer=tracer),
+        "tokennorm, 1 sink": kvq.tokennorm(
+            group_size=64, residual_length=0, tracer=first_tokens(1)
+        ),
         "kvarn": kvq.kvarn(),
         "kvquant 2-bit": kvq.kvquant(bits=2),
         "kvquant 3-bit": kvq.kvquant(bits=3),

@@ -80,7 +80,9 @@ class Vector(Codec):
             return jnp.moveaxis(x, 0, 2).reshape(num_heads * groups, num_tokens, *x.shape[3:])
 
         case = flat(points), None if weights is None else flat(weights)
-        centroids = jax.jit(lambda x: jax.lax.map(one, x))(case)
+        # A CPU's cache holds what one takes; a GPU takes 14 times as long for one after another.
+        together = None if jax.default_backend() == "cpu" else 16
+        centroids = jax.jit(lambda x: jax.lax.map(one, x, batch_size=together))(case)
         centroids = centroids.reshape(1, num_heads, groups, *centroids.shape[1:])
         return centroids.astype(jnp.float16)
 

@@ -186,6 +186,11 @@ class OutlierTracer:
         return score if self.score == "l1" else jnp.sqrt(score)
 
 
+def first_tokens(number: int) -> OutlierTracer | None:
+    """Returns a tracer that keeps the first tokens; None for none of them."""
+    return OutlierTracer(number, 0, "position", untraced_layers=0) if number else None
+
+
 def _among(x: Array, y: Array) -> Array:
     """Returns which elements of x are in y, along the last axes."""
     return (x[..., :, None] == y[..., None, :]).any(-1)

@@ -27,7 +27,7 @@ block table; and once for all rows 8 K H + 4 (2^bits_k + 2^bits_v) for ranges an
 """
 
 from kvq_jax.codecs.nonuniform import Nonuniform
-from kvq_jax.engines.outliers import OutlierTracer
+from kvq_jax.engines.outliers import OutlierTracer, first_tokens
 from kvq_jax.engines.window import Window
 
 
@@ -60,13 +60,11 @@ def kvquant(
     keep, keep_values = (
         b == 2 if keep_deviation is None else keep_deviation for b in (bits, value_bits)
     )
-    if tracer is None and num_sinks:
-        tracer = OutlierTracer(num_sinks, 0, "position", untraced_layers=0)
     return Window(
         key_codec=Nonuniform(bits, "channel", outliers, weighs, keep),
         value_codec=Nonuniform(value_bits, "token", outliers, weighs, keep_values),
         group_size=group_size,
         residual_length=residual_length,
         pre_rope=True,
-        tracer=tracer,
+        tracer=tracer or first_tokens(num_sinks),
     )

@@ -13,7 +13,7 @@ Differs from the paper: none; it evicts tokens, this codes them.
 Bytes of a state: OTT's with P = num_sinks and A = 0.
 """
 
-from kvq_jax.engines.outliers import OutlierTracer
+from kvq_jax.engines.outliers import first_tokens
 from kvq_jax.engines.window import Window
 from kvq_jax.methods.kivi import kivi
 
@@ -34,5 +34,5 @@ def sink(
         group_size=group_size,
         value_group_size=value_group_size,
         residual_length=residual_length,
-        tracer=OutlierTracer(num_sinks, 0, score="position", untraced_layers=0),
+        tracer=first_tokens(num_sinks),
     )

@@ -36,7 +36,7 @@ import numpy as np
 
 from kvq_jax.codecs.base import Sample
 from kvq_jax.codecs.planes import MOST_BITS, Latents, Planes, allot, find_latents, make_params
-from kvq_jax.engines.outliers import OutlierTracer
+from kvq_jax.engines.outliers import first_tokens
 from kvq_jax.engines.window import Window
 
 
@@ -119,7 +119,7 @@ def transform_coding(
         value_codec=Planes(weighs),
         group_size=group_size,
         residual_length=residual_length,
-        tracer=OutlierTracer(num_sinks, 0, "position", untraced_layers=0) if num_sinks else None,
+        tracer=first_tokens(num_sinks),
         pre_rope=True,
         bits=bits,
         value_weight=value_weight,

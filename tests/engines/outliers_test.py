@@ -124,6 +124,15 @@ def test_first_layers_are_coded_untraced_in_the_same_shape():
 
 def test_no_outliers_is_kivi():
     assert kvq.ott(num_outliers=0) == kvq.kivi(residual_length=32)
+    assert kvq.sink(num_sinks=0) == kvq.kivi(residual_length=32)
+
+
+def test_a_tracer_takes_the_place_of_first_tokens():
+    tracer = kvq.OutlierTracer(2)
+    for make in (kvq.cq, kvq.kvquant, kvq.svdq):
+        assert make().tracer == make(num_sinks=1).tracer == kvq.sink(num_sinks=1).tracer
+        assert make(num_sinks=0).tracer is None
+        assert make(tracer=tracer).tracer == tracer
 
 
 def test_tracing_helps_where_small_keys_spoil_the_range():

@@ -109,22 +109,24 @@ SCHEDULES = {2: (4, 2, 2, 0), 4: (8, 4, 4, 0), 8: (8, 8, 8, 8)}
 
 
 def svdq_nbytes(spec, bits, value_bits, coded, blocks):
-    """Returns the formula of `svdq`."""
+    """Returns the formula of `svdq` with one sink."""
     width = spec.num_kv_heads * spec.head_dim
     kept = sum(b > 0 for b in SCHEDULES[bits]) / 4
     saved = 4 * coded * width * (1 - kept) / GROUP
     fitted = 4 * width * (1 + width) + 2 * spec.head_dim
-    return kivi_nbytes(spec, bits, value_bits, coded, blocks) + spec.batch_size * (fitted - saved)
+    sink = 2 * width * spec.dtype.itemsize + spec.num_kv_heads * (8 + 5)
+    row = fitted + sink - saved
+    return kivi_nbytes(spec, bits, value_bits, coded, blocks) + spec.batch_size * row
 
 
 CODEBOOKS = {2: (4, 8), 4: (2, 8), 8: (1, 8)}
 
 
 def cq_nbytes(spec, bits, value_bits, coded, blocks):
-    """Returns the formula of `cq`; keys and values have the same bits."""
+    """Returns the formula of `cq` with one sink; keys and values have the same bits."""
     channels, code_bits = CODEBOOKS[bits]
     head = 2 * coded * (spec.head_dim / channels * code_bits + 2) / 8
-    head += 2 * (GROUP + RESIDUAL) * spec.head_dim * spec.dtype.itemsize
+    head += 2 * (GROUP + RESIDUAL + 1) * spec.head_dim * spec.dtype.itemsize + 8 + 5
     row = spec.num_kv_heads * head + 2 * spec.head_dim + 4 + 4 + 4 * blocks
     return spec.batch_size * row + 4 * spec.num_kv_heads * spec.head_dim * 2**code_bits
 
