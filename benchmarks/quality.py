@@ -25,6 +25,7 @@ arrays: what others measured with those windows must come out.
 import argparse
 import dataclasses
 import gzip
+import itertools
 import json
 import re
 import time
@@ -177,6 +178,7 @@ def plot(path: Path, rows: list[dict]) -> None:
     figure, panels = pyplot.subplots(
         1, len(contexts), figsize=(7 * len(contexts), 6), sharey=True, squeeze=False
     )
+    each = []
     for panel, context in zip(panels[0], contexts, strict=True):
         # The mean over the texts, as they are few.
         points = {}
@@ -184,6 +186,7 @@ def plot(path: Path, rows: list[dict]) -> None:
             if row["context"] == context:
                 points.setdefault(row["setting"], (row["bits_at_4096"], []))[1].append(row["kl"])
         points = {k: (bits, float(np.mean(kl))) for k, (bits, kl) in points.items()}
+        each.append(points)
         best, front = np.inf, []
         for setting, (bits, kl) in sorted(points.items(), key=lambda x: x[1]):
             if kl < best:
@@ -191,14 +194,33 @@ def plot(path: Path, rows: list[dict]) -> None:
                 front.append((bits, kl))
             ours = setting.startswith(("recommended", "transform"))
             panel.scatter(bits, kl, color="tab:red" if ours else "tab:blue", s=18, zorder=3)
-            panel.annotate(setting, (bits, kl), (4, 2), textcoords="offset points", fontsize=7)
         panel.step(*zip(*front, strict=True), where="post", color="0.6", zorder=1)
         panel.set(yscale="log", title=f"context {context}", xlabel="bits per key or value")
         panel.grid(alpha=0.3)
         panel.margins(x=0.12)
     panels[0][0].set_ylabel(f"KL to the dense cache, nats, mean of {' and '.join(texts)}")
     figure.tight_layout()
+    figure.canvas.draw()  # sets the scales, which names are placed by
+    for panel, points in zip(panels[0], each, strict=True):
+        label(panel, points)
     figure.savefig(path, dpi=120)
+
+
+def label(panel, points: dict[str, tuple[float, float]]) -> None:
+    """Names points, each beside itself, if it can be where no other point or name is."""
+    from matplotlib.transforms import Bbox
+
+    renderer = panel.figure.canvas.get_renderer()
+    at = panel.transData.transform(list(points.values()))
+    taken = [Bbox.from_bounds(*(x - 4), 8, 8) for x in at]
+    for name, point in points.items():
+        text = panel.annotate(name, point, textcoords="offset points", fontsize=7)
+        for y, (x, side) in itertools.product((2, -7, 10, -15), ((5, "left"), (-5, "right"))):
+            text.set(position=(x, y), horizontalalignment=side)
+            box = text.get_window_extent(renderer)
+            if not box.count_overlaps(taken):
+                break
+        taken.append(box)
 
 
 def table(rows: list[dict]) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention in plain XLA: blocks of codes are decoded in turn, with a running softmax.
 
-The loop runs over the blocks that hold tokens, not over the capacity, and a block's dense keys
-and values are all that exists at a time. Runs on every platform, for every codec.
+The loop runs over the blocks that hold tokens, not over the capacity, and the dense keys and
+values of a few are all that exist at a time. Runs on every platform, for every codec.
 """
 
 from collections.abc import Callable
@@ -72,22 +72,38 @@ def decode_attention(
     return out.reshape(q.shape).astype(q.dtype)
 
 
+def _tokens_at_once() -> int:
+    """Returns how many tokens of all rows to decode together, where that are blocks at all.
+
+    On an accelerator a step of the loop costs the start of its kernels, some 20, however little
+    they do; on a CPU a block of each row is best, as its cache holds it.
+    """
+    return 0 if jax.default_backend() == "cpu" else 32768
+
+
 def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_codec, dtype):
-    num_blocks = coded.block_table.shape[1]
+    batch, num_blocks = coded.block_table.shape
 
-    def read(i):
-        block = jax.lax.dynamic_slice_in_dim(coded.block_table, i, 1, axis=1)
-        return plain.read_blocks(coded, block, key_codec, value_codec, dtype)
+    def read(start, n):
+        blocks = jax.lax.dynamic_slice_in_dim(coded.block_table, start, n, axis=1)
+        return plain.read_blocks(coded, blocks, key_codec, value_codec, dtype)
 
-    size = jax.eval_shape(read, 0)[0].shape[2]
+    size = jax.eval_shape(lambda: read(0, 1))[0].shape[2]
+    at_once = _tokens_at_once()
+    n = min(num_blocks, max(1, at_once // (batch * size)))
 
     def body(i, carry):
-        keys, values, mask = read(i)
-        positions = jnp.where(mask, i * size + jnp.arange(size, dtype=jnp.int32), -1)
+        # The last blocks, if they are fewer, are moved back; what they repeat is masked.
+        start = jnp.minimum(i * n, num_blocks - n)
+        keys, values, mask = read(start, n)
+        positions = start * size + jnp.arange(n * size, dtype=jnp.int32)
+        positions = jnp.where(mask & (positions >= i * n * size), positions, -1)
         return update(carry, keys, values, positions)
 
+    if at_once and n == num_blocks:  # no loop, for whose length the host would have to wait
+        return body(0, carry)
     used = jnp.minimum((coded.num_coded.max() + size - 1) // size, num_blocks)
-    return jax.lax.fori_loop(0, used, body, carry)
+    return jax.lax.fori_loop(0, (used + n - 1) // n, body, carry)
 
 
 def _over_dense(carry, update: Callable, dense: KV, whole: bool):

@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 from kvq_jax import decode_attention
 from kvq_jax.base import KV, CodedSegment
 from kvq_jax.codecs import Affine
-from kvq_jax.kernels.decode_attention import api, plain, reference
+from kvq_jax.kernels.decode_attention import api, plain, reference, xla
 
 BATCH, SLOTS, BLOCKS = 3, 40, 3
 
@@ -225,6 +225,18 @@ def test_is_the_reference(case):
     for name, kv in wrong.items():
         assert not fits(out, expect(case, data, kv)), name
     assert not fits(jnp.roll(out, 1, 2), expected), "query heads permuted"
+
+
+@pytest.mark.parametrize("n", [2, 3, 9])
+@pytest.mark.parametrize("name", ["base", "all-coded", "rope-T5"])
+def test_blocks_decoded_together(name, n, monkeypatch):
+    """As on an accelerator; of 3 blocks, two at a time means that one is read again."""
+    case = CASES[name]
+    data = make(case)
+    tokens = BATCH * case.groups_per_block * case.group_size
+    monkeypatch.setattr(xla, "_tokens_at_once", lambda: n * tokens)
+    out = jax.jit(lambda data: attend.__wrapped__(case, data))(data)
+    assert fits(out, expect(case, data, data.whole))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
