@@ -65,7 +65,7 @@ def decode_attention(
         jnp.zeros((*shape, head_dim), jnp.float32),
     )
     if coded is not None and coded.block_table.size:
-        carry = _over_coded(carry, update, coded, key_codec, value_codec, q.dtype)
+        carry = _over_coded(carry, update, coded, key_codec, value_codec, q)
     _, total, out = _over_dense(carry, update, dense, whole=num_tokens == 1)
     out = out / jnp.where(total == 0, 1, total)
     out = out.reshape(batch, num_kv_heads, -1, num_tokens, head_dim).transpose(0, 3, 1, 2, 4)
@@ -73,24 +73,24 @@ def decode_attention(
 
 
 def _tokens_at_once() -> int:
-    """Returns how many tokens of all rows to decode together, where that are blocks at all.
+    """Returns how many tokens of all rows, times T, to decode together; 0 for a block of each row.
 
-    On an accelerator a step of the loop costs the start of its kernels, some 20, however little
-    they do; on a CPU a block of each row is best, as its cache holds it.
+    On a GPU a step of the loop costs the start of its kernels, some 20, and the host waits to
+    learn whether there is another. On a CPU a block is best: its cache holds that.
     """
-    return 0 if jax.default_backend() == "cpu" else 32768
+    return 32768 if jax.default_backend() == "gpu" else 0
 
 
-def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_codec, dtype):
+def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_codec, q: Array):
     batch, num_blocks = coded.block_table.shape
 
     def read(start, n):
         blocks = jax.lax.dynamic_slice_in_dim(coded.block_table, start, n, axis=1)
-        return plain.read_blocks(coded, blocks, key_codec, value_codec, dtype)
+        return plain.read_blocks(coded, blocks, key_codec, value_codec, q.dtype)
 
     size = jax.eval_shape(lambda: read(0, 1))[0].shape[2]
     at_once = _tokens_at_once()
-    n = min(num_blocks, max(1, at_once // (batch * size)))
+    n = min(num_blocks, max(1, at_once // (batch * size * q.shape[1])))  # scores are as large as T
 
     def body(i, carry):
         # The last blocks, if they are fewer, are moved back; what they repeat is masked.
@@ -100,7 +100,7 @@ def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_c
         positions = jnp.where(mask & (positions >= i * n * size), positions, -1)
         return update(carry, keys, values, positions)
 
-    if at_once and n == num_blocks:  # no loop, for whose length the host would have to wait
+    if at_once and n == num_blocks:  # no loop, then, nor its wait
         return body(0, carry)
     used = jnp.minimum((coded.num_coded.max() + size - 1) // size, num_blocks)
     return jax.lax.fori_loop(0, (used + n - 1) // n, body, carry)

@@ -230,10 +230,10 @@ def test_is_the_reference(case):
 @pytest.mark.parametrize("n", [2, 3, 9])
 @pytest.mark.parametrize("name", ["base", "all-coded", "rope-T5"])
 def test_blocks_decoded_together(name, n, monkeypatch):
-    """As on an accelerator; of 3 blocks, two at a time means that one is read again."""
+    """As on a GPU; of 3 blocks, two at a time means that one is read again."""
     case = CASES[name]
     data = make(case)
-    tokens = BATCH * case.groups_per_block * case.group_size
+    tokens = BATCH * case.groups_per_block * case.group_size * case.num_tokens
     monkeypatch.setattr(xla, "_tokens_at_once", lambda: n * tokens)
     out = jax.jit(lambda data: attend.__wrapped__(case, data))(data)
     assert fits(out, expect(case, data, data.whole))
