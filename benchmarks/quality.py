@@ -145,10 +145,11 @@ def fit(
     Settings whose name ends so are fitted to what the model draws itself.
     """
     tail = measure.consecutive_windows(tokens[-16384:], 1024, 16)
-    for setting, method in methods.items():
-        if method.needs_texts and setting not in fitted:
-            texts = None if setting.endswith(OWN_TEXTS) else tail
-            fitted[setting] = kvq.calibrate(model, texts, method)
+    missing = {k: v for k, v in methods.items() if v.needs_texts and k not in fitted}
+    own = {k: v for k, v in missing.items() if k.endswith(OWN_TEXTS)}
+    for texts, some in ((None, own), (tail, {k: v for k, v in missing.items() if k not in own})):
+        if some:
+            fitted.update(kvq.calibrate_all(model, texts, some))
 
 
 def passkeys(tokenizer, tokens: list[int], length: int, count: int) -> tuple[np.ndarray, int]:

@@ -41,7 +41,13 @@ from kvq_jax.sharding import Sharded
 
 if TYPE_CHECKING:
     from kvq_jax import models
-    from kvq_jax.calibration import Calibration, calibrate, load_calibration, save_calibration
+    from kvq_jax.calibration import (
+        Calibration,
+        calibrate,
+        calibrate_all,
+        load_calibration,
+        save_calibration,
+    )
     from kvq_jax.generation import Generation, generate
     from kvq_jax.sampling import Sampling
 
@@ -58,6 +64,7 @@ __all__ = [
     "Window",
     "adaquant",
     "calibrate",
+    "calibrate_all",
     "cq",
     "decode_attention",
     "decoquant",
@@ -87,6 +94,7 @@ __all__ = [
 _LAZY = {
     "models": "kvq_jax.models",
     "calibrate": "kvq_jax.calibration",
+    "calibrate_all": "kvq_jax.calibration",
     "load_calibration": "kvq_jax.calibration",
     "save_calibration": "kvq_jax.calibration",
     "Calibration": "kvq_jax.calibration",

@@ -4,7 +4,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,52 @@ def calibrate(
     Raises:
       ValueError: for a method that fits nothing to texts, and texts shorter than a window.
     """
-    method = _needing_texts(method)
+    return calibrate_all(
+        model,
+        texts,
+        {"method": method},
+        context=context,
+        num_tokens=num_tokens,
+        skip_first=skip_first,
+        seed=seed,
+        on_progress=on_progress,
+    )["method"]
+
+
+def calibrate_all(
+    model: LoadedModel | Decoder,
+    texts: Sequence[str] | Int[np.ndarray, "n T"] | None,
+    methods: Mapping[str, CacheTransform],
+    *,
+    context: int | None = None,
+    num_tokens: int = 8192,
+    skip_first: int = 1,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Calibration]:
+    """Fits several methods; see `calibrate`, which makes the same of each of them.
+
+    Texts are drawn once, and go through the model once for all methods that want the same of it:
+    that, with gradients, is most of the time of a fit.
+
+    Args:
+      model: as in `calibrate`.
+      texts: likewise.
+      methods: by any names.
+      context: as in `calibrate`.
+      num_tokens: likewise.
+      skip_first: likewise.
+      seed: likewise.
+      on_progress: likewise; it starts again for other methods.
+
+    Returns:
+      Calibrations by the names of the methods.
+    """
+    alike: dict[tuple[bool, bool, int], dict[str, Window]] = {}
+    for name, method in methods.items():
+        method = _needing_texts(method)
+        exact = method.residual_length + 1 if method.needs_gradients else 0
+        alike.setdefault((method.pre_rope, method.needs_gradients, exact), {})[name] = method
     decoder = model.decoder if isinstance(model, LoadedModel) else model
     if texts is None:
         context = 1024 if context is None else context
@@ -82,38 +127,37 @@ def calibrate(
         windows = _windows(model, texts, 512 if context is None else context)
     count, length = windows.shape
     share = min(-(-num_tokens // count), length - skip_first)
-    rng = np.random.default_rng(seed)
-    samples: list[list[tuple[np.ndarray, ...]]] = [[] for _ in decoder.layers]
-    for i, window in enumerate(windows):
-        at = np.sort(rng.choice(np.arange(skip_first, length), share, replace=False))
-        recorded = record(
-            decoder,
-            jnp.asarray(window)[None],
-            pre_rope=method.pre_rope,
-            gradients=method.needs_gradients,
-            exact=method.residual_length + 1,
-        )
-        for layer, arrays in zip(samples, recorded, strict=True):
-            layer.append(tuple(np.asarray(x)[0][:, at].swapaxes(0, 1) for x in arrays))
-        if on_progress:
-            on_progress("reading", i + 1, count)
-    fitted = []
-    for i, layer in enumerate(samples):
-        k, v, *gradients = (jnp.asarray(np.concatenate(x))[None] for x in zip(*layer, strict=True))
-        samples[i] = []
-        mask = jnp.ones(k.shape[:2], bool)
-        of_k, of_v = gradients or (None, None)
-        one = method.calibrate(Sample(k, mask, gradient=of_k), Sample(v, mask, gradient=of_v))
-        fitted.append(jax.tree.map(np.asarray, one))
-        if on_progress:
-            on_progress("fitting", i + 1, len(samples))
-    method, params = method.settle(fitted, decoder.config.num_kv_heads)
     digest = hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest()
-    about = _about(method, decoder.config) | {
-        "sizes": method.sizes(),
-        "texts": {"windows": count, "context": length, "tokens": share * count, "sha256": digest},
-    }
-    return Calibration(method, tuple(jax.tree.map(np.asarray, x) for x in params), about)
+    of_texts = {"windows": count, "context": length, "tokens": share * count, "sha256": digest}
+    calibrations = {}
+    for (pre_rope, gradients, exact), some in alike.items():
+        rng = np.random.default_rng(seed)
+        samples: list[list[tuple[np.ndarray, ...]]] = [[] for _ in decoder.layers]
+        for i, window in enumerate(windows):
+            at = np.sort(rng.choice(np.arange(skip_first, length), share, replace=False))
+            tokens = jnp.asarray(window)[None]
+            recorded = record(decoder, tokens, pre_rope=pre_rope, gradients=gradients, exact=exact)
+            for layer, arrays in zip(samples, recorded, strict=True):
+                layer.append(tuple(np.asarray(x)[0][:, at].swapaxes(0, 1) for x in arrays))
+            if on_progress:
+                on_progress("reading", i + 1, count)
+        fitted: dict[str, list[Any]] = {name: [] for name in some}
+        for i, layer in enumerate(samples):
+            k, v, *slopes = (jnp.asarray(np.concatenate(x))[None] for x in zip(*layer, strict=True))
+            samples[i] = []
+            mask = jnp.ones(k.shape[:2], bool)
+            of_k, of_v = slopes or (None, None)
+            pair = Sample(k, mask, gradient=of_k), Sample(v, mask, gradient=of_v)
+            for name, method in some.items():
+                fitted[name].append(jax.tree.map(np.asarray, method.calibrate(*pair)))
+            if on_progress:
+                on_progress("fitting", i + 1, len(samples))
+        for name, method in some.items():
+            method, params = method.settle(fitted[name], decoder.config.num_kv_heads)
+            about = _about(method, decoder.config) | {"sizes": method.sizes(), "texts": of_texts}
+            params = tuple(jax.tree.map(np.asarray, x) for x in params)
+            calibrations[name] = Calibration(method, params, about)
+    return {name: calibrations[name] for name in methods}
 
 
 def save_calibration(path: str | Path, calibration: Calibration) -> None:

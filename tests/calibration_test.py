@@ -243,6 +243,24 @@ def test_the_model_draws_its_own_texts(decoder):
     assert fitted.about == expected.about
 
 
+def test_methods_that_want_the_same_of_texts_share_it(decoder, windows, monkeypatch):
+    methods = {"cq": CQ, "svdq": kvq.svdq(fits="texts", **SIZES), "kvquant": kvq.kvquant(**SIZES)}
+    alone = {k: kvq.calibrate(decoder, windows, v, num_tokens=300) for k, v in methods.items()}
+    calls, record = [], calibration.record
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["gradients"])
+        return record(*args, **kwargs)
+
+    monkeypatch.setattr(calibration, "record", counted)
+    together = kvq.calibrate_all(decoder, windows, methods, num_tokens=300)
+    assert calls == [True] * len(windows) + [False] * len(windows)
+    assert list(together) == list(methods)
+    for name, one in together.items():
+        assert one.method == alone[name].method and one.about == alone[name].about
+        jax.tree.map(np.testing.assert_array_equal, one.params, alone[name].params)
+
+
 def test_bits_and_weights_out_of_range_are_refused(decoder, windows):
     for arguments, message in (
         ({"bits": 0}, "bits must be above 0 and at most 8, got 0"),

@@ -31,10 +31,13 @@ def calibrate(
 ) -> None:
     """Fit methods to the keys and values that a text has in a model.
 
-    For eval, generate and chat with --params. It takes minutes for each method.
+    For eval, generate and chat with --params. It takes minutes.
     """
     names = [name.strip() for name in method.split(",")]
     caches = options.make_methods(names, bits=bits, value_bits=value_bits)
+    for name in names:
+        if (out / name).exists():
+            raise options.UsageError(f"{out / name} is there already: choose another --out")
     content = None if text is None else terminal.read_text(text)
     loaded = terminal.load_model(model, dtype, quiet=False)
 
@@ -45,10 +48,10 @@ def calibrate(
             cut = calibration.sample_texts(loaded.decoder, windows, context, seed, on_progress)
     else:
         cut = measure.consecutive_windows(loaded.tokenizer.encode(content), context, windows)
-    for name, cache in caches.items():
-        with terminal.bar() as on_progress:
-            fitted = calibration.calibrate(
-                loaded, cut, cache, num_tokens=tokens, on_progress=on_progress
-            )
-        calibration.save_calibration(out / name, fitted)
+    with terminal.bar() as on_progress:
+        fitted = calibration.calibrate_all(
+            loaded, cut, caches, num_tokens=tokens, on_progress=on_progress
+        )
+    for name, one in fitted.items():
+        calibration.save_calibration(out / name, one)
         terminal.err.print(f"wrote {out / name}", style="dim")

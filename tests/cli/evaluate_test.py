@@ -59,6 +59,8 @@ def test_methods_that_need_texts_get_what_calibrate_wrote(
         "calibrate", "--text", text_file, "--out", folder, "--method", "cq", "--bits", 4, *sizes
     )
     assert made.code == 0, made.err
+    again = kvq("calibrate", "--out", folder, "--method", "kvquant,cq", *sizes)
+    assert again.code == 2 and f"{folder / 'cq'} is there already" in " ".join(again.err.split())
     options = ("--methods", "cq", "--bits", 4, "--params", folder, "--json")
     result = kvq("eval", text_file, *options, *sizes, "--skip", 40)
     assert result.code == 0, result.err
