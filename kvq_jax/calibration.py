@@ -113,6 +113,9 @@ def calibrate_all(
 
     Returns:
       Calibrations by the names of the methods.
+
+    Raises:
+      ValueError: as `calibrate` does.
     """
     alike: dict[tuple[bool, bool, int], dict[str, Window]] = {}
     for name, method in methods.items():
