@@ -82,4 +82,5 @@ def apply_rope(
     frequencies: Float[np.ndarray, " half"],
 ) -> Float[Array, "B T heads H"]:
     """Turns channel pairs (i, i + H/2) of each head by `position * frequency`, in float32."""
-    return turn(x, positions[..., None, None].astype(jnp.float32) * frequencies)
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
+    return turn(x, jnp.cos(angle), jnp.sin(angle))

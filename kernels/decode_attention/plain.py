@@ -173,4 +173,6 @@ def turned(kv: KV, rope: Float[Array, "B half"] | None) -> KV:
     if rope is None:
         return kv
     angle = kv.positions[..., None].astype(jnp.float32) * rope[:, None, None]
-    return kv._replace(keys=turn(kv.keys, angle))
+    # Without the barrier XLA computes them anew for every head and channel that they turn.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+    return kv._replace(keys=turn(kv.keys, cos, sin))

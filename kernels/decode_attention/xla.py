@@ -43,7 +43,6 @@ def decode_attention(
     at = at[:, None, :, None]  # [B, 1, rows, 1]
 
     def update(carry, keys, values, positions):
-        keys, values, positions = plain.turned(KV(keys, values, positions), rope)
         top, total, out = carry
         scores = _matmul("bkrh,bksh->bkrs", rows, keys) * sm_scale
         distance = at - positions[:, :, None, :]
@@ -65,8 +64,8 @@ def decode_attention(
         jnp.zeros((*shape, head_dim), jnp.float32),
     )
     if coded is not None and coded.block_table.size:
-        carry = _over_coded(carry, update, coded, key_codec, value_codec, q)
-    _, total, out = _over_dense(carry, update, dense, whole=num_tokens == 1)
+        carry = _over_coded(carry, update, coded, key_codec, value_codec, q, rope)
+    _, total, out = _over_dense(carry, update, dense, rope, whole=num_tokens == 1)
     out = out / jnp.where(total == 0, 1, total)
     out = out.reshape(batch, num_kv_heads, -1, num_tokens, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)
@@ -81,7 +80,9 @@ def _tokens_at_once() -> int:
     return 32768 if jax.default_backend() == "gpu" else 0
 
 
-def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_codec, q: Array):
+def _over_coded(
+    carry, update: Callable, coded: CodedSegment, key_codec, value_codec, q: Array, rope
+):
     batch, num_blocks = coded.block_table.shape
 
     def read(start, n):
@@ -97,6 +98,8 @@ def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_c
         start = jnp.minimum(i * n, num_blocks - n)
         keys, values, mask = read(start, n)
         positions = start * size + jnp.arange(n * size, dtype=jnp.int32)
+        # The heads' positions are the same but for holes, so they have their angles together.
+        keys = plain.turned(KV(keys, values, positions[None, None]), rope).keys
         positions = jnp.where(mask & (positions >= i * n * size), positions, -1)
         return update(carry, keys, values, positions)
 
@@ -106,11 +109,11 @@ def _over_coded(carry, update: Callable, coded: CodedSegment, key_codec, value_c
     return jax.lax.fori_loop(0, (used + n - 1) // n, body, carry)
 
 
-def _over_dense(carry, update: Callable, dense: KV, whole: bool):
+def _over_dense(carry, update: Callable, dense: KV, rope, whole: bool):
     slots = dense.keys.shape[2]
     size = plain.BLOCK_SIZE
     if slots <= size:
-        return update(carry, *dense)
+        return update(carry, *plain.turned(dense, rope))
 
     def body(i, carry):
         # The last block of an odd capacity is moved back; what it repeats is masked.
@@ -118,7 +121,7 @@ def _over_dense(carry, update: Callable, dense: KV, whole: bool):
         block = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in dense]
         fresh = start + jnp.arange(size) >= i * size
         block[2] = jnp.where(fresh, block[2], -1)
-        return update(carry, *block)
+        return update(carry, *plain.turned(KV(*block), rope))
 
     occupied = jnp.where(dense.positions >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0).max()
 
@@ -130,7 +133,10 @@ def _over_dense(carry, update: Callable, dense: KV, whole: bool):
     # XLA copies each block out of the cache; where most of it is occupied, reading all of it
     # in place is twice as fast. Only for few rows, whose scores are small beside the cache.
     return jax.lax.cond(
-        occupied > slots // 4 * 3, lambda carry: update(carry, *dense), by_block, carry
+        occupied > slots // 4 * 3,
+        lambda carry: update(carry, *plain.turned(dense, rope)),
+        by_block,
+        carry,
     )
 
 

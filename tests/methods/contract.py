@@ -108,7 +108,8 @@ def as_attended(method, k, shape):
     if not method.pre_rope:
         return k
     positions = jnp.arange(k.shape[1], dtype=jnp.float32)[:, None, None]
-    return turn(k, positions * jnp.array(shape.spec(1).rope))
+    angle = positions * jnp.array(shape.spec(1).rope)
+    return turn(k, jnp.cos(angle), jnp.sin(angle))
 
 
 def worst_row(x, y):
