@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kvq_jax import packing
 from kvq_jax.base import CacheSpec, Params
@@ -19,9 +19,6 @@ MOST_BITS = 8
 
 _KINDS = 2
 """Planes before those of the channels: of the tokens that are there, and of those not finite."""
-
-_NO_BIT = 31
-"""The shift of a plane that only fills up: no level has that many bits."""
 
 _SHRINKAGE = 0.05
 """Of the mean square of a gradient, added to the metric: no direction is without weight."""
@@ -40,16 +37,14 @@ class PlanesCode(NamedTuple):
 
 
 class PlanesParams(NamedTuple):
-    """What `Planes` are fitted to; C latent channels have bits, P' planes hold them.
+    """What `Planes` are fitted to; C latent channels have bits, those of the most bits first.
 
     Attributes:
       mean: of vectors.
       analysis: the direction of each latent channel, bfloat16.
       offset: of the channels' level 0.
-      step: from level to level.
-      top: highest level of each channel.
-      channel: of which each plane has a bit.
-      shift: which bit.
+      steps: what each bit adds to a latent channel, `1 n` of the n channels that have it: the
+        lowest bit, the next, and so on.
       constant: what all levels 0 stand for.
       synthesis: what 1 in a latent channel adds, bfloat16.
     """
@@ -57,10 +52,7 @@ class PlanesParams(NamedTuple):
     mean: Float[Array, "1 D"]
     analysis: Float[Array, "1 D C"]
     offset: Float[Array, "1 C"]
-    step: Float[Array, "1 C"]
-    top: UInt8[Array, "1 C"]
-    channel: Int[Array, "1 p"]
-    shift: UInt8[Array, "1 p"]
+    steps: tuple[Float[Array, "1 n"], ...]
     constant: Float[Array, "1 D"]
     synthesis: Float[Array, "1 C D"]
 
@@ -73,21 +65,20 @@ class Planes(Codec):
 
         round(((x - mean) · analysis - offset) / step), cut to 0 ... 2**b - 1
 
-    and the token is decoded to constant + sum of level * step * synthesis. As the bits of all
-    levels are planes of 0 and 1 with a plane of ones besides, that is one product with a matrix
-    whose rows are step * 2**shift * synthesis, and the constant. So how many bits a channel has
-    is data; static are only the number of planes and of channels, in each layer.
+    and the token is decoded to constant + sum of level * step * synthesis. Planes hold the lowest
+    bits of all channels, then the next ones, of fewer channels, and so on.
 
     A hole is all zero, in all heads: of a mask, the first head's counts.
 
     Args:
       weighs: fit with the metric of the loss's gradients (Fisher), not with plain distance.
-      sizes: planes and channels of each layer; known when all layers are fitted.
+      sizes: of each layer, how many channels have a lowest bit, a next one, and so on; known when
+        all layers are fitted.
       params: `PlanesParams`, set by `bind`.
     """
 
     weighs: bool = True
-    sizes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()
     params: Any = ()
     fits = "texts"
 
@@ -112,16 +103,13 @@ class Planes(Codec):
 
     def init(self, spec: CacheSpec) -> Params:
         """Returns NaN in the shapes of one layer's parameters."""
-        ((planes, channels),) = self.sizes
-        width, held = spec.num_kv_heads * spec.head_dim, planes - _KINDS
+        (counts,) = self.sizes
+        width, channels = spec.num_kv_heads * spec.head_dim, max(1, *counts[:1])
         return PlanesParams(
             mean=jnp.full((1, width), jnp.nan),
             analysis=jnp.full((1, width, channels), jnp.nan, jnp.bfloat16),
             offset=jnp.full((1, channels), jnp.nan),
-            step=jnp.full((1, channels), jnp.nan),
-            top=jnp.zeros((1, channels), jnp.uint8),
-            channel=jnp.zeros((1, held), jnp.int16),
-            shift=jnp.zeros((1, held), jnp.uint8),
+            steps=tuple(jnp.full((1, n), jnp.nan) for n in counts),
             constant=jnp.full((1, width), jnp.nan),
             synthesis=jnp.full((1, channels, width), jnp.nan, jnp.bfloat16),
         )
@@ -140,11 +128,15 @@ class Planes(Codec):
         z = jnp.einsum(
             "...d,dc->...c", x - p.mean[0], p.analysis[0].astype(x.dtype), precision="highest"
         )
-        level = jnp.round((z - p.offset[0]) / p.step[0]).clip(0, p.top[0].astype(x.dtype))
+        counts = [step.shape[-1] for step in p.steps]
+        top = 2.0 ** sum(np.arange(z.shape[-1]) < n for n in counts) - 1 if counts else 0.0
+        level = jnp.round((z - p.offset[0]) / (p.steps[0][0] if counts else 1)).clip(0, top)
         finite = (jnp.isfinite(x).all(-1) & jnp.isfinite(level).all(-1))[..., None]
         level = jnp.where(finite, level, 0).astype(jnp.uint32)
-        bits = jnp.take(level, p.channel[0], axis=-1) >> p.shift[0].astype(jnp.uint32) & 1
-        bits = jnp.concatenate([jnp.ones_like(finite), ~finite, bits.astype(bool)], -1)
+        bits = [(level[..., :n] >> shift & 1).astype(bool) for shift, n in enumerate(counts)]
+        bits = jnp.concatenate([jnp.ones_like(finite), ~finite, *bits], -1)
+        filling = -bits.shape[-1] % num_heads
+        bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, filling)])
         if mask is not None:
             bits &= mask[:, 0, ..., None]
         bits = bits.reshape(*bits.shape[:-1], num_heads, -1)
@@ -153,12 +145,18 @@ class Planes(Codec):
     def decode(self, code: PlanesCode, dtype: Any) -> Float[Array, "B K *d S H"]:
         """Returns the tensor that a code stands for, computed in float32; holes are 0."""
         p, num_heads = self.params, code.words.shape[1]
-        bits = jnp.moveaxis(packing.unpack(code.words, 1), 1, -2)
-        bits = bits.reshape(*bits.shape[:-2], -1)  # [B, *d, S, P]
-        size = p.step[0, p.channel[0]] * jnp.exp2(p.shift[0].astype(jnp.float32))
-        rows = size[:, None] * p.synthesis[0, p.channel[0]].astype(jnp.float32)
-        rows = jnp.concatenate([p.constant, jnp.zeros_like(p.constant), rows])
-        x = jnp.einsum("...p,pd->...d", bits.astype(jnp.float32), rows, precision="highest")
+        words = jnp.moveaxis(code.words, 1, -2)
+        bits = packing.unpack(words.reshape(*words.shape[:-2], -1), 1)  # [B, *d, S, P]
+        z = jnp.zeros((*bits.shape[:-1], p.offset.shape[-1]))
+        at = _KINDS
+        for step in p.steps:
+            n = step.shape[-1]
+            part = bits[..., at : at + n].astype(jnp.float32) * step[0]
+            z += jnp.pad(part, [(0, 0)] * (z.ndim - 1) + [(0, z.shape[-1] - n)])
+            at += n
+        synthesis = p.synthesis[0].astype(jnp.float32)
+        x = p.constant[0] + jnp.einsum("...c,cd->...d", z, synthesis, precision="highest")
+        x = jnp.where(bits[..., :1] == 1, x, 0)
         x = jnp.where(bits[..., 1:2] == 1, jnp.nan, x).astype(dtype)
         return jnp.moveaxis(x.reshape(*x.shape[:-1], num_heads, -1), -2, 1)
 
@@ -280,28 +278,22 @@ def allot(errors: Float[np.ndarray, "n choices"], budget: int) -> Int[np.ndarray
 
 
 def make_params(
-    latents: Latents, bits: Int[np.ndarray, " D"], num_heads: int
-) -> tuple[PlanesParams, tuple[int, int]]:
-    """Returns parameters for bits of each channel, and the numbers of planes and channels."""
-    channels = np.union1d([0], np.flatnonzero(bits))  # one at the least, if without bits
+    latents: Latents, bits: Int[np.ndarray, " D"]
+) -> tuple[PlanesParams, tuple[int, ...]]:
+    """Returns parameters for bits of each channel, and how many channels have each bit."""
+    channels = np.argsort(-bits, kind="stable")[: max(1, np.count_nonzero(bits))]
     bits = bits[channels]
-    planes = -(-(_KINDS + bits.sum()) // num_heads) * num_heads
-    filling = planes - _KINDS - bits.sum()
+    counts = tuple(int((bits > bit).sum()) for bit in range(bits.max()))
     analysis = latents.analysis[:, channels].astype(jnp.bfloat16)
     synthesis = latents.synthesis[channels].astype(jnp.bfloat16)
     offset, step = (x[channels, bits].astype(np.float32) for x in (latents.offset, latents.step))
-    channel = np.repeat(np.arange(len(bits)), bits)
-    shift = np.concatenate([np.arange(b) for b in [*bits, 0]])
-    made = dict(
-        mean=latents.mean.astype(np.float32),
-        analysis=analysis,
-        offset=offset,
-        step=step,
-        top=(2**bits - 1).astype(np.uint8),
-        channel=np.pad(channel, (0, filling)).astype(np.int16),
-        shift=np.pad(shift, (0, filling), constant_values=_NO_BIT).astype(np.uint8),
-        constant=(latents.mean + offset @ synthesis.astype(np.float32)).astype(np.float32),
-        synthesis=synthesis,
+    constant = latents.mean + offset @ synthesis.astype(np.float32)
+    params = PlanesParams(
+        mean=jnp.asarray(latents.mean, jnp.float32)[None],
+        analysis=jnp.asarray(analysis)[None],
+        offset=jnp.asarray(offset)[None],
+        steps=tuple(jnp.asarray(step[None, :n] * 2**bit) for bit, n in enumerate(counts)),
+        constant=jnp.asarray(constant, jnp.float32)[None],
+        synthesis=jnp.asarray(synthesis)[None],
     )
-    params = PlanesParams(**{name: jnp.asarray(x)[None] for name, x in made.items()})
-    return params, (int(planes), len(channels))
+    return params, counts

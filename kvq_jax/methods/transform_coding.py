@@ -23,9 +23,9 @@ group_size + residual_length, s = num_sinks, d bytes a dense element:
     C (P_k + P_v) / 8 + K (2 (W + s) H d + 8 s + 5) + 2 H
 
 and 4 for its length, num_coded and entry of the block table; and once for all rows, for keys and
-for values, of c channels with bits and P planes
+for values, of c channels with b bits in all
 
-    4 K H c + 8 K H + 9 c + 3 (P - 2)
+    4 K H c + 8 K H + 4 c + 4 b
 """
 
 import dataclasses
@@ -70,13 +70,13 @@ class TransformCoding(Window):
         if most < 1:
             raise ValueError(f"{self.bits} bits are fewer than marks and rounding alone can take")
         bits = allot(errors.reshape(-1, errors.shape[-1]), most).reshape(errors.shape[:2])
-        made = [make_params(*x, num_heads) for x in zip(latents, bits, strict=True)]
+        made = [make_params(*x) for x in zip(latents, bits, strict=True)]
         params, sizes = zip(*made, strict=True)
         pairs = zip(params[::2], params[1::2], strict=True)
         return self.with_sizes((sizes[::2], sizes[1::2])), [(*pair, (), ()) for pair in pairs]
 
     def sizes(self) -> Any:
-        """Returns planes and channels of keys and of values, of each layer; see `Window.sizes`."""
+        """Returns how many channels have each bit, of keys and values; see `Window.sizes`."""
         return [[list(x) for x in codec.sizes] for codec in (self.key_codec, self.value_codec)]
 
     def with_sizes(self, sizes: Any) -> "TransformCoding":

@@ -142,14 +142,15 @@ def kvquant_nbytes(spec, bits, value_bits, coded, blocks):
 
 
 def transform_coding_nbytes(spec, keys, values, coded, blocks):
-    """Returns the formula of `transform_coding`, of planes and channels of keys and values."""
+    """Returns the formula of `transform_coding`, of how many channels have each bit."""
     heads, width, d = spec.num_kv_heads, spec.head_dim, spec.dtype.itemsize
-    row = coded * (keys[0] + values[0]) / 8
+    planes = (-(-(2 + sum(counts)) // heads) * heads for counts in (keys, values))
+    row = coded * sum(planes) / 8
     row += heads * (2 * (GROUP + RESIDUAL + 1) * width * d + 8 + 5)
     row += 2 * width + 4 + 4 + 4 * blocks
     shared = sum(
-        4 * heads * width * channels + 8 * heads * width + 9 * channels + 3 * (planes - 2)
-        for planes, channels in (keys, values)
+        4 * heads * width * counts[0] + 8 * heads * width + 4 * counts[0] + 4 * sum(counts)
+        for counts in (keys, values)
     )
     return spec.batch_size * row + shared
 
