@@ -5,7 +5,7 @@ Several layers' caches take turns, so that none stays in the processor's own cac
 take turns too: read the ratios, and the minimum rather than the median on a busy machine.
 
     python benchmarks/attend.py --json attend.json
-    kvq calibrate --out FITTED   # for `recommended`
+    kvq calibrate --out FITTED   # for `recommended`; or of other methods that need texts
     python benchmarks/attend.py --methods dense,recommended,nqkv,kvarn --fitted FITTED \
         --dtype bfloat16 --batch 16 --lengths 7800 --capacity 8192 --capacities
 """
@@ -20,27 +20,22 @@ import jax
 import jax.numpy as jnp
 
 import kvq_jax as kvq
+from kvq_jax.cli.options import load_fitted, make_methods
 from kvq_jax.models.layers import rope_frequencies
 from kvq_jax.models.shapes import SHAPES
 
 K, N, H = 3, 9, 64
-LAYER = 8  # of those that `recommended` was fitted to
+CONFIG = SHAPES["smollm2-135m"]
+LAYER = 8  # of those that methods are fitted to
 
 
 def make(names: str, fitted: Path | None) -> tuple[dict, dict]:
     """Returns methods, and parameters of those that have some."""
-    methods, params = {}, {}
-    for name in names.split(","):
-        if name == "recommended":
-            if fitted is None:
-                raise SystemExit("recommended needs --fitted: kvq calibrate --out FITTED makes it")
-            config = SHAPES["smollm2-135m"]
-            calibration = kvq.load_calibration(fitted, kvq.recommended(), config)
-            methods[name], params[name] = calibration.method, calibration.params[LAYER]
-        else:
-            options = {"residual_length": 32} if name == "kivi" else {}
-            methods[name] = getattr(kvq, name)(**options)
-    return methods, params
+    methods = make_methods(names.split(","))
+    if "kivi" in methods:
+        methods["kivi"] = kvq.kivi(residual_length=32)  # as `ott`
+    methods, params = load_fitted(fitted, methods, CONFIG)
+    return methods, {name: layers[LAYER] for name, layers in params.items()}
 
 
 def filled(method, params, spec: kvq.CacheSpec, length: int, num_layers: int):
@@ -65,7 +60,7 @@ def attend_all(method):
 def measure(methods: dict, params: dict, length: int, capacity: int, options) -> dict:
     """Microseconds a layer, minimum and median, of each method."""
     dtype, num_layers, rounds = jnp.dtype(options.dtype), options.layers, options.rounds
-    rope = tuple(rope_frequencies(SHAPES["smollm2-135m"]).tolist())
+    rope = tuple(rope_frequencies(CONFIG).tolist())
     spec = kvq.CacheSpec(options.batch, K, capacity, H, dtype, rope=rope)
     q = jax.random.normal(jax.random.key(2), (options.batch, 1, N, H), dtype)
     runs = {
@@ -95,7 +90,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--methods", default="dense,kivi,ott")
-    parser.add_argument("--fitted", type=Path, help="folder of kvq calibrate, for `recommended`")
+    parser.add_argument("--fitted", type=Path, help="folder of kvq calibrate, where it is needed")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 16384])

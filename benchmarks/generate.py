@@ -20,13 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvq_jax as kvq
+from kvq_jax.cli.options import load_fitted, make_methods
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--fitted", type=Path, help="what to measure `recommended` with")
+    parser.add_argument(
+        "--fitted", type=Path, help="folder of kvq calibrate, to measure `recommended` too"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, nargs="+", default=[7800], help="tokens of a row")
@@ -34,10 +37,8 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=241)
     options = parser.parse_args()
     model = kvq.models.load(options.model, dtype=jnp.dtype(options.dtype))
-    methods, params = {"dense": kvq.dense(), "ott": kvq.ott()}, {}
-    if options.fitted:
-        fitted = kvq.load_calibration(options.fitted, kvq.recommended(), model.config)
-        methods["recommended"], params["recommended"] = fitted.method, fitted.params
+    names = ["dense", "ott", "recommended"] if options.fitted else ["dense", "ott"]
+    methods, params = load_fitted(options.fitted, make_methods(names), model.config)
     rows = []
     for batch, length, steps in itertools.product(
         options.batch, options.prompt, options.steps_per_call

@@ -113,11 +113,12 @@ def measured(
     for setting, quality in each:
         figures = dataclasses.asdict(quality)
         if not setting.startswith("peer"):
-            figures["bits_at_4096"] = bits(methods[setting], model.config)
+            figures["bits_at_4096"] = bits_at_4096(methods[setting], model.config)
         yield setting, figures
 
 
-def bits(method: kvq.CacheTransform, config: kvq.models.DecoderConfig) -> float:
+def bits_at_4096(method: kvq.CacheTransform, config: kvq.models.DecoderConfig) -> float:
+    """Returns bits per element, the same on every machine."""
     if isinstance(method, kvq.Window):
         method = dataclasses.replace(method, layout="plain")
     return measure.bits_per_element(method, config, 4096)
@@ -146,9 +147,8 @@ def fit(
     """
     tail = measure.consecutive_windows(tokens[-16384:], 1024, 16)
     missing = {k: v for k, v in methods.items() if v.needs_texts and k not in fitted}
-    own = {k: v for k, v in missing.items() if k.endswith(OWN_TEXTS)}
-    for texts, some in ((None, own), (tail, {k: v for k, v in missing.items() if k not in own})):
-        if some:
+    for texts, own in ((None, True), (tail, False)):
+        if some := {k: v for k, v in missing.items() if k.endswith(OWN_TEXTS) == own}:
             fitted.update(kvq.calibrate_all(model, texts, some))
 
 

@@ -57,6 +57,9 @@ def decode_attention(
         out = out * decay + _matmul("bkrs,bksh->bkrh", weights.astype(values.dtype), values)
         return new_top, total, out
 
+    def turn_and_update(carry, keys, values, positions):
+        return update(carry, *plain.turned(KV(keys, values, positions), rope))
+
     shape = rows.shape[:-1]
     carry = (
         jnp.full((*shape, 1), LOWEST, jnp.float32),
@@ -65,7 +68,7 @@ def decode_attention(
     )
     if coded is not None and coded.block_table.size:
         carry = _over_coded(carry, update, coded, key_codec, value_codec, q, rope)
-    _, total, out = _over_dense(carry, update, dense, rope, whole=num_tokens == 1)
+    _, total, out = _over_dense(carry, turn_and_update, dense, whole=num_tokens == 1)
     out = out / jnp.where(total == 0, 1, total)
     out = out.reshape(batch, num_kv_heads, -1, num_tokens, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)
@@ -109,11 +112,11 @@ def _over_coded(
     return jax.lax.fori_loop(0, (used + n - 1) // n, body, carry)
 
 
-def _over_dense(carry, update: Callable, dense: KV, rope, whole: bool):
+def _over_dense(carry, update: Callable, dense: KV, whole: bool):
     slots = dense.keys.shape[2]
     size = plain.BLOCK_SIZE
     if slots <= size:
-        return update(carry, *plain.turned(dense, rope))
+        return update(carry, *dense)
 
     def body(i, carry):
         # The last block of an odd capacity is moved back; what it repeats is masked.
@@ -121,7 +124,7 @@ def _over_dense(carry, update: Callable, dense: KV, rope, whole: bool):
         block = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in dense]
         fresh = start + jnp.arange(size) >= i * size
         block[2] = jnp.where(fresh, block[2], -1)
-        return update(carry, *plain.turned(KV(*block), rope))
+        return update(carry, *block)
 
     occupied = jnp.where(dense.positions >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0).max()
 
@@ -133,10 +136,7 @@ def _over_dense(carry, update: Callable, dense: KV, rope, whole: bool):
     # XLA copies each block out of the cache; where most of it is occupied, reading all of it
     # in place is twice as fast. Only for few rows, whose scores are small beside the cache.
     return jax.lax.cond(
-        occupied > slots // 4 * 3,
-        lambda carry: update(carry, *plain.turned(dense, rope)),
-        by_block,
-        carry,
+        occupied > slots // 4 * 3, lambda carry: update(carry, *dense), by_block, carry
     )
 
 

@@ -129,8 +129,9 @@ class Planes(Codec):
             "...d,dc->...c", x - p.mean[0], p.analysis[0].astype(x.dtype), precision="highest"
         )
         counts = [step.shape[-1] for step in p.steps]
-        top = 2.0 ** sum(np.arange(z.shape[-1]) < n for n in counts) - 1 if counts else 0.0
-        level = jnp.round((z - p.offset[0]) / (p.steps[0][0] if counts else 1)).clip(0, top)
+        widths = (np.arange(z.shape[-1])[:, None] < counts).sum(1)
+        step = p.steps[0][0] if counts else 1
+        level = jnp.round((z - p.offset[0]) / step).clip(0, 2.0**widths - 1)
         finite = (jnp.isfinite(x).all(-1) & jnp.isfinite(level).all(-1))[..., None]
         level = jnp.where(finite, level, 0).astype(jnp.uint32)
         bits = [(level[..., :n] >> shift & 1).astype(bool) for shift, n in enumerate(counts)]
