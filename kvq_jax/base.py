@@ -36,6 +36,72 @@ Implementation = Literal["mosaic_gpu", "mosaic_tpu", "xla", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """What the attention of one layer is: a model states it, caches and kernels read it.
+
+    Args:
+      num_q_heads: N.
+      num_kv_heads: K, a divisor of N; query head n attends to KV head n // (N // K).
+      key_dim: H of queries and keys.
+      value_dim: H of values; 0 means `key_dim`.
+      sm_scale: factor of the scores; 0 means 1/sqrt(key_dim).
+      sliding_window: how many latest tokens a query sees, its own included; None means all.
+      soft_cap: scores are squashed to soft_cap * tanh(score / soft_cap), as in Gemma 2; None
+        leaves them.
+      rope: radians per token of each of the H/2 pairs of channels; for caches that store keys
+        from before rotary embedding and rotate them when they are read. None without rotary
+        embedding.
+      values_in_keys: values are the first `value_dim` channels of the keys, and are not stored
+        (latent attention, MLA).
+
+    Example:
+      >>> Attention(num_q_heads=32, num_kv_heads=8, key_dim=128).sm_scale
+      0.08838834764831845
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int = 0
+    sm_scale: float = 0.0
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    rope: tuple[float, ...] | None = None
+    values_in_keys: bool = False
+
+    def __post_init__(self):
+        if self.value_dim == 0:
+            object.__setattr__(self, "value_dim", self.key_dim)
+        if self.sm_scale == 0:
+            object.__setattr__(self, "sm_scale", self.key_dim**-0.5)
+        for name in ("num_q_heads", "num_kv_heads", "key_dim", "value_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Attention: {name} must be a positive integer, got {value!r}")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(
+                f"Attention: num_q_heads={self.num_q_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"Attention: sliding_window must be at least 1, got {self.sliding_window}"
+            )
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"Attention: soft_cap must be above 0, got {self.soft_cap}")
+        if self.rope is not None and 2 * len(self.rope) != self.key_dim:
+            raise ValueError(
+                f"Attention: rope must have key_dim / 2 = {self.key_dim / 2} frequencies, "
+                f"got {len(self.rope)}"
+            )
+        if self.values_in_keys and self.value_dim > self.key_dim:
+            raise ValueError(
+                f"Attention: values of {self.value_dim} channels can't be part of keys "
+                f"of {self.key_dim}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class CacheSpec:
     """The static shape of one layer's cache.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from kvq_jax import packing
+from kvq_jax.codecs.base import Form
 from kvq_jax.codecs.tiled import Tiled, rounded, spread
 
 
@@ -60,3 +61,8 @@ class Affine(Tiled):
         field = packing.unpack(code.words, self.bits)
         x = self._tiles(field).astype(jnp.float32) * spread(code.scale) + spread(code.minimum)
         return x.reshape(field.shape).astype(dtype)
+
+    def form(self, num_channels: int) -> Form:
+        """Returns one band, with scales by tile; see `Codec.form`."""
+        tile = self.tile[0], min(self.tile[1], num_channels)
+        return Form(((num_channels, self.bits),), tile, jnp.dtype(self.scale_dtype))

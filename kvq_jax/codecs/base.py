@@ -2,6 +2,7 @@
 """What a codec is, and what it shares with other parts of a method."""
 
 import abc
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -31,6 +32,34 @@ class Sample(NamedTuple):
         if self.gradient is None:
             return None
         return jnp.square(self.gradient.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a fused kernel must know of a codec: kernels serve forms, not classes.
+
+    A code of this form is x ≈ field * scale + minimum, with unsigned fields packed along the tokens
+    (`kvq_jax.packing`).
+
+    Attributes:
+      bands: (channels, bits) of each band of channels, in order; their channels add up to those
+        of a head.
+      tile: (tokens, channels) that share a scale and a minimum; None where these are static,
+        fitted beforehand for all tokens.
+      scale_dtype: of scales and minima.
+      row_factor: whether each token has a factor of its own besides.
+    """
+
+    bands: tuple[tuple[int, int], ...]
+    tile: tuple[int, int] | None
+    scale_dtype: jnp.dtype
+    row_factor: bool = False
+
+    @property
+    def bits(self) -> int | None:
+        """The bits of every field; None where bands differ."""
+        widths = {bits for _, bits in self.bands}
+        return widths.pop() if len(widths) == 1 else None
 
 
 class Part:
@@ -101,3 +130,11 @@ class Codec(Part, abc.ABC):
     @abc.abstractmethod
     def mask(self, code: Code) -> Bool[Array, "*d S"]:
         """Returns False where a token is a hole. Needs scales per token."""
+
+    def form(self, num_channels: int) -> Form | None:
+        """Returns the form of the code of vectors of so many channels.
+
+        None where it is not one that fused kernels could read.
+        """
+        del num_channels
+        return None
