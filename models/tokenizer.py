@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back, and chat templates."""
 
-import datetime
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from kvq_jax.models import chat_template as chat_templates
 from kvq_jax.models import text_stream
+from kvq_jax.models.tokenizer_settings import (
+    Settings,
+    apply_settings,
+    read_json,
+    read_settings,
+    token_ids,
+)
 
 # tokenizer.ggml.pre -> how text is cut before byte-pair merges.
 _PRE_TOKENIZERS = {
@@ -43,6 +47,7 @@ class Tokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         stop_ids: Iterable[int] = (),
+        template_source: str = "chat_template",
     ):
         """Wraps a tokenizer.
 
@@ -51,9 +56,11 @@ class Tokenizer:
           chat_template: Jinja source, or None for a model without chat.
           special_tokens: what the template knows as `bos_token`, `eos_token` and so on.
           stop_ids: tokens that end an answer.
+          template_source: the file and key of the template, for error messages.
         """
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._template_source = template_source
         self._special_tokens = dict(special_tokens or {})
         self.stop_ids: tuple[int, ...] = tuple(sorted(set(stop_ids)))
         self._decoder = text_stream.TextDecoder(tokenizer)
@@ -147,28 +154,23 @@ class Tokenizer:
           The text; encode it with `add_special_tokens=False`.
 
         Raises:
-          ValueError: the model has no template, or the template is wrong or refuses the
-            messages.
+          ValueError: the model has no template, or the template is wrong, refuses the
+            messages, or takes too much time or memory.
         """
         if self._chat_template is None:
             raise ValueError("this model has no chat template; write the prompt as plain text")
-        # Undefined variables and block trimming as in transformers, for which templates are
-        # written; a template is a stranger's program, hence the sandbox.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            return environment.from_string(self._chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
+        return chat_templates.render(
+            self._chat_template,
+            {
                 **self._special_tokens,
-                **({"tools": None, "documents": None} | variables),
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template failed: {error}") from error
+                "tools": None,
+                "documents": None,
+                **variables,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+            },
+            name=self._template_source,
+        )
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
@@ -176,7 +178,8 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
 
     Args:
       folder: holds `tokenizer.json`, and usually `tokenizer_config.json`,
-        `generation_config.json` and `chat_template.jinja`.
+        `generation_config.json` and `chat_template.jinja`; older ones also hold
+        `special_tokens_map.json` and `added_tokens.json`.
 
     Raises:
       FileNotFoundError: there is no `tokenizer.json`.
@@ -191,27 +194,27 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"{path}: not a tokenizer ({error})") from error
-    settings = read_json(folder / "tokenizer_config.json")
-    special_tokens = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key.endswith("_token") and isinstance(value, str | dict)
-    }
-    stop_ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        stated = read_json(folder / name).get("eos_token_id")
-        stop_ids += [] if stated is None else stated if isinstance(stated, list) else [stated]
-    if (eos := special_tokens.get("eos_token")) is not None:
-        if (eos_id := tokenizer.token_to_id(eos)) is None:
-            raise ValueError(f"{folder}: eos_token {eos!r} is not in tokenizer.json")
-        stop_ids.append(eos_id)
-    template = folder / "chat_template.jinja"
+    settings = read_settings(folder)
+    tokenizer = apply_settings(tokenizer, settings)
+    named = settings.named_tokens()
+    config = read_json(folder / "config.json")
+    vocab_size = config.get("vocab_size")
+    if type(vocab_size) is not int:  # load() refuses such a config
+        vocab_size = 1 << 31
+    _check_ids(tokenizer, vocab_size, path)
+    stop_ids = [
+        i
+        for name in ("generation_config.json", "config.json")
+        for i in token_ids(read_json(folder / name), "eos_token_id", folder / name, vocab_size)
+    ]
+    if "eos_token" in named:
+        stop_ids.append(tokenizer.token_to_id(named["eos_token"].content))
+    template, template_source = _read_template(folder, settings)
     return Tokenizer(
         tokenizer,
-        chat_template=template.read_text(encoding="utf-8")
-        if template.is_file()
-        else _default_template(settings.get("chat_template"), folder),
-        special_tokens=special_tokens,
+        chat_template=template,
+        template_source=template_source,
+        special_tokens={key: token.content for key, token in named.items()},
         stop_ids=stop_ids,
     )
 
@@ -293,41 +296,35 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str) -> Tokenize
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, empty when there is no such file.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return content
+def _check_ids(tokenizer: tokenizers.Tokenizer, vocab_size: int, path: Path) -> None:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    token, i = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if i >= vocab_size:
+        raise ValueError(
+            f"{path}: token {token[:80]!r} has the id {i}, but vocab_size in config.json is "
+            f"{vocab_size}; the tokenizer and the model do not belong together"
+        )
 
 
-def _default_template(template: Any, folder: Path) -> str | None:
-    """Returns the template; older files may hold a list of named ones."""
-    if template is None or isinstance(template, str):
-        return template
-    try:
-        return {entry["name"]: entry["template"] for entry in template}["default"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: tokenizer_config.json has no default template") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own filter escapes for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _read_template(folder: Path, settings: Settings) -> tuple[str | None, str]:
+    """Returns the chat template, and the file and key it is from."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            with path.open(encoding="utf-8") as file:
+                return file.read(chat_templates.MOST_SOURCE + 1), str(path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error})") from error
+    template = settings.values.get("chat_template")
+    if template is None:
+        return None, ""
+    where = settings.where("chat_template")
+    # Older files may hold a list of named ones.
+    if isinstance(template, list):
+        try:
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{where} has no default template") from error
+    if not isinstance(template, str):
+        raise ValueError(f"{where} must be a text, got a {type(template).__name__}")
+    return template, where
