@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from types import GeneratorType
 from typing import Any
 
@@ -41,6 +41,8 @@ _MOST_BITS = 10_000
 # Filters that no chat template needs, and whose price isn't known beforehand.
 _LEFT_OUT = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*([\d*]*)(?:\.([\d*]*))?")
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
 def render(source: str, variables: Mapping[str, Any], *, name: str) -> str:
@@ -223,7 +225,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: Any, filename: Any) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         _Metered().visit(tree)
-        return tree.set_environment(self)
+        tree.set_environment(self)
+        return tree
 
     def _size(self, value: Any) -> int:
         """Returns about how many characters a value prints as."""
@@ -231,7 +234,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return len(value) + 2
         if isinstance(value, int):
             return 2 + value.bit_length() // 3
-        if not isinstance(value, dict | list | tuple | set | frozenset | MappingView):
+        if not isinstance(value, _CONTAINERS):
             return 40
         known = self._sizes.get(id(value))
         if known is not None:

@@ -301,8 +301,8 @@ def _check_ids(tokenizer: tokenizers.Tokenizer, vocab_size: int, path: Path) -> 
     token, i = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
     if i >= vocab_size:
         raise ValueError(
-            f"{path}: token {token[:80]!r} has the id {i}, but vocab_size in config.json is "
-            f"{vocab_size}; the tokenizer and the model do not belong together"
+            f"{path}: the tokenizer has {i + 1} tokens, the model {vocab_size} (vocab_size in "
+            f"config.json): {token[:80]!r} has the id {i}; they do not belong together"
         )
 
 

@@ -195,7 +195,7 @@ def test_ids_beyond_the_vocabulary_are_refused(folder):
     with pytest.raises(ValueError, match=rf"config\.json: eos_token_id must be .* below {size}"):
         tokenizer_from_folder(folder)
     write(folder, "config.json", vocab_size=size - 1)
-    message = rf"tokenizer\.json: token 'ab' has the id {size - 1}, but vocab_size in config\.json"
+    message = rf"tokenizer\.json: .*vocab_size in config\.json.*'ab' has the id {size - 1}"
     with pytest.raises(ValueError, match=message):
         tokenizer_from_folder(folder)
 
