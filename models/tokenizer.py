@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back, and chat templates."""
 
-import datetime
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
+
+from kvq_jax.models import chat_template as chat_templates
+from kvq_jax.models import text_stream
+from kvq_jax.models.tokenizer_settings import (
+    Settings,
+    apply_settings,
+    read_json,
+    read_settings,
+    token_ids,
+)
 
 # tokenizer.ggml.pre -> how text is cut before byte-pair merges.
 _PRE_TOKENIZERS = {
@@ -31,7 +37,7 @@ class Tokenizer:
 
     Attributes:
       stop_ids: tokens that end an answer.
-      vocab_size: number of ids, added tokens included.
+      vocab_size: one more than the largest id, added tokens included.
     """
 
     def __init__(
@@ -41,6 +47,7 @@ class Tokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         stop_ids: Iterable[int] = (),
+        template_source: str = "chat_template",
     ):
         """Wraps a tokenizer.
 
@@ -49,12 +56,15 @@ class Tokenizer:
           chat_template: Jinja source, or None for a model without chat.
           special_tokens: what the template knows as `bos_token`, `eos_token` and so on.
           stop_ids: tokens that end an answer.
+          template_source: the file and key of the template, for error messages.
         """
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._template_source = template_source
         self._special_tokens = dict(special_tokens or {})
         self.stop_ids: tuple[int, ...] = tuple(sorted(set(stop_ids)))
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._decoder = text_stream.TextDecoder(tokenizer)
+        self.vocab_size: int = self._decoder.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text.
@@ -69,38 +79,61 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids; bytes that are no UTF-8 become U+FFFD.
 
+        An id without a token has no text: the vocabulary of many models is padded.
+
         Raises:
-          ValueError: an id is not in the vocabulary.
+          ValueError: an id is negative.
         """
-        ids = [int(i) for i in ids]
-        for i in ids:
-            self._check(i)
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._decoder.decode(map(int, ids), skip_special=skip_special_tokens)
 
-    def decode_stream(
-        self, ids: Iterable[int], *, skip_special_tokens: bool = False
-    ) -> Iterator[str]:
-        """Yields the text of ids as they come, never half a character.
+    def continuation(
+        self, prompt: Sequence[int], new: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> str:
+        """Returns the text that `new` adds to a prompt.
 
-        A character may span tokens; its text is held back until it is whole. The pieces joined
-        are `decode` of all the ids.
+        It is the text of the prompt and the new ids, less the text of the prompt. `decode(new)`
+        may differ: many tokenizers drop the space before the first token that they decode.
 
         Args:
-          ids: for instance a generator that decodes a model step by step.
+          prompt: ids of the prompt; only the last few are decoded.
+          new: ids that follow it.
           skip_special_tokens: leave special tokens out of the text.
 
         Raises:
-          ValueError: an id is not in the vocabulary.
+          ValueError: an id is negative.
         """
-        stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
-        seen: list[int] = []
-        num_shown = 0
+        context = self._decoder.context(prompt, skip_special=skip_special_tokens)
+        return text_stream.after(
+            self.decode(context, skip_special_tokens=skip_special_tokens),
+            self.decode([*context, *new], skip_special_tokens=skip_special_tokens),
+        )
+
+    def decode_stream(
+        self,
+        ids: Iterable[int],
+        *,
+        prompt: Sequence[int] = (),
+        skip_special_tokens: bool = False,
+    ) -> Iterator[str]:
+        """Yields the text of ids as they come, never half a character.
+
+        A character may span tokens; its text is held back until it is whole. Byte-fallback
+        tokenizers hold back a run of byte tokens until it ends, since one invalid byte spoils
+        all of it. The pieces joined are `decode(ids)`, or `continuation(prompt, ids)`.
+
+        Args:
+          ids: for instance a generator that decodes a model step by step.
+          prompt: ids that come before; their text is not yielded.
+          skip_special_tokens: leave special tokens out of the text.
+
+        Raises:
+          ValueError: an id is negative.
+        """
+        stream = text_stream.TextStream(self._decoder, prompt, skip_special=skip_special_tokens)
         for i in ids:
-            seen.append(self._check(int(i)))
-            if piece := stream.step(self._tokenizer, seen[-1]):
-                num_shown += len(piece)
+            if piece := stream.push(int(i)):
                 yield piece
-        if rest := self.decode(seen, skip_special_tokens=skip_special_tokens)[num_shown:]:
+        if rest := stream.finish():
             yield rest
 
     def apply_chat_template(
@@ -121,33 +154,23 @@ class Tokenizer:
           The text; encode it with `add_special_tokens=False`.
 
         Raises:
-          ValueError: the model has no template, or the template is wrong or refuses the
-            messages.
+          ValueError: the model has no template, or the template is wrong, refuses the
+            messages, or takes too much time or memory.
         """
         if self._chat_template is None:
             raise ValueError("this model has no chat template; write the prompt as plain text")
-        # Undefined variables and block trimming as in transformers, for which templates are
-        # written; a template is a stranger's program, hence the sandbox.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            return environment.from_string(self._chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
+        return chat_templates.render(
+            self._chat_template,
+            {
                 **self._special_tokens,
-                **({"tools": None, "documents": None} | variables),
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template failed: {error}") from error
-
-    def _check(self, i: int) -> int:
-        if not 0 <= i < self.vocab_size:
-            raise ValueError(f"token id {i} is not in the vocabulary of {self.vocab_size}")
-        return i
+                "tools": None,
+                "documents": None,
+                **variables,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+            },
+            name=self._template_source,
+        )
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
@@ -155,7 +178,8 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
 
     Args:
       folder: holds `tokenizer.json`, and usually `tokenizer_config.json`,
-        `generation_config.json` and `chat_template.jinja`.
+        `generation_config.json` and `chat_template.jinja`; older ones also hold
+        `special_tokens_map.json` and `added_tokens.json`.
 
     Raises:
       FileNotFoundError: there is no `tokenizer.json`.
@@ -170,27 +194,27 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"{path}: not a tokenizer ({error})") from error
-    settings = read_json(folder / "tokenizer_config.json")
-    special_tokens = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key.endswith("_token") and isinstance(value, str | dict)
-    }
-    stop_ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        stated = read_json(folder / name).get("eos_token_id")
-        stop_ids += [] if stated is None else stated if isinstance(stated, list) else [stated]
-    if (eos := special_tokens.get("eos_token")) is not None:
-        if (eos_id := tokenizer.token_to_id(eos)) is None:
-            raise ValueError(f"{folder}: eos_token {eos!r} is not in tokenizer.json")
-        stop_ids.append(eos_id)
-    template = folder / "chat_template.jinja"
+    settings = read_settings(folder)
+    tokenizer = apply_settings(tokenizer, settings)
+    named = settings.named_tokens()
+    config = read_json(folder / "config.json")
+    vocab_size = config.get("vocab_size")
+    if type(vocab_size) is not int:  # load() refuses such a config
+        vocab_size = 1 << 31
+    _check_ids(tokenizer, vocab_size, path)
+    stop_ids = [
+        i
+        for name in ("generation_config.json", "config.json")
+        for i in token_ids(read_json(folder / name), "eos_token_id", folder / name, vocab_size)
+    ]
+    if "eos_token" in named:
+        stop_ids.append(tokenizer.token_to_id(named["eos_token"].content))
+    template, template_source = _read_template(folder, settings)
     return Tokenizer(
         tokenizer,
-        chat_template=template.read_text(encoding="utf-8")
-        if template.is_file()
-        else _default_template(settings.get("chat_template"), folder),
-        special_tokens=special_tokens,
+        chat_template=template,
+        template_source=template_source,
+        special_tokens={key: token.content for key, token in named.items()},
         stop_ids=stop_ids,
     )
 
@@ -272,41 +296,35 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str) -> Tokenize
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, empty when there is no such file.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return content
+def _check_ids(tokenizer: tokenizers.Tokenizer, vocab_size: int, path: Path) -> None:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    token, i = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if i >= vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {i + 1} tokens, the model {vocab_size} (vocab_size in "
+            f"config.json): {token[:80]!r} has the id {i}; they do not belong together"
+        )
 
 
-def _default_template(template: Any, folder: Path) -> str | None:
-    """Returns the template; older files may hold a list of named ones."""
-    if template is None or isinstance(template, str):
-        return template
-    try:
-        return {entry["name"]: entry["template"] for entry in template}["default"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: tokenizer_config.json has no default template") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own filter escapes for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _read_template(folder: Path, settings: Settings) -> tuple[str | None, str]:
+    """Returns the chat template, and the file and key it is from."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            with path.open(encoding="utf-8") as file:
+                return file.read(chat_templates.MOST_SOURCE + 1), str(path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error})") from error
+    template = settings.values.get("chat_template")
+    if template is None:
+        return None, ""
+    where = settings.where("chat_template")
+    # Older files may hold a list of named ones.
+    if isinstance(template, list):
+        try:
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{where} has no default template") from error
+    if not isinstance(template, str):
+        raise ValueError(f"{where} must be a text, got a {type(template).__name__}")
+    return template, where
