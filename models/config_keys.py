@@ -17,8 +17,8 @@ FIELDS = {
     "rms_norm_eps": "norm_eps",
 }
 
-# Field of `DecoderConfig` -> the largest size that is read. Real models are far below; beyond,
-# tables of channels and lists of layers take gigabytes before any tensor is looked at.
+# Field of `DecoderConfig` -> the largest size that is read. Real models are far smaller; larger
+# values would allocate gigabytes before any tensor is checked.
 LARGEST = {
     "vocab_size": 1 << 24,
     "width": 1 << 24,
@@ -76,7 +76,7 @@ HARMLESS = frozenset(
         "pad_token_id",
         "tokenizer_class",
         "unk_token_id",
-        # Other than a window that is used, this only says where one would be.
+        # Which layers would use a sliding window, if `use_sliding_window` were on.
         "max_window_layers",
     }
 )

@@ -123,8 +123,8 @@ def _check_layout(
 ) -> None:
     """Checks that the tensors fill the file from byte `first` on.
 
-    An offset that is damaged would give other weights in silence; so would a wrong alignment,
-    which moves all of them, and shows only at the end of the file.
+    A damaged offset would silently load other weights. So would a wrong alignment, which moves
+    all tensors and shows only at the end of the file.
     """
     end = due = first
     for name, info in tensors.items():
