@@ -4,7 +4,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -104,7 +106,8 @@ class Decoder(nnx.Module):
         """Runs T tokens after those the cache holds: a decode step, or a chunk of a prompt.
 
         Args:
-          tokens: the next T tokens of every row; an id outside the vocabulary gives NaN.
+          tokens: the next T tokens of every row. Under jit, an id outside the vocabulary gives
+            NaN; outside, it is refused.
           states: one cache state a layer, as `init_states` or `prefill` returned them.
           cache: the transform the states belong to; static under jit.
           run_layer: `Layer.__call__`, or that jitted: outside of `jax.jit` it compiles once for
@@ -112,6 +115,9 @@ class Decoder(nnx.Module):
 
         Returns:
           Hidden states of the T tokens, to be given to `logits`, and the new states.
+
+        Raises:
+          ValueError: a token id is not in the vocabulary (outside of `jax.jit`).
         """
         positions = states[0].length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         x = self._embed(tokens)
@@ -134,7 +140,7 @@ class Decoder(nnx.Module):
         """Runs a whole prompt with exact attention and fills empty states with it.
 
         Args:
-          tokens: prompts, right-padded with anything.
+          tokens: prompts, right-padded with anything; wrong ids are treated as in `__call__`.
           states: empty states, as `init_states` returns them.
           cache: the transform the states belong to; static under jit.
           lengths: valid tokens of each row; None means all T.
@@ -143,6 +149,9 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states and the new states. Hidden states of padding mean nothing; the last of
           row b is `hidden[b, lengths[b] - 1]`.
+
+        Raises:
+          ValueError: a token id is not in the vocabulary (outside of `jax.jit`).
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if lengths is not None:
@@ -167,8 +176,18 @@ class Decoder(nnx.Module):
         )
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
-        # Indexing would clamp a wrong id to a right one in silence.
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        tokens, vocab_size = jnp.asarray(tokens), self.config.vocab_size
+        if not isinstance(tokens, jax.core.Tracer) and tokens.is_fully_addressable:
+            wrong = np.argwhere((np.asarray(tokens) < 0) | (np.asarray(tokens) >= vocab_size))
+            if wrong.size:
+                row, column = wrong[0].tolist()
+                raise ValueError(
+                    f"token id {tokens[row, column]} in row {row} is not in 0 to {vocab_size - 1}"
+                )
+        # Plain indexing would silently clamp an id that is too large to the last one; this mode
+        # gives NaN, but still counts a negative one from the end.
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        return jnp.where((tokens >= 0)[..., None], x, jnp.asarray(jnp.nan, x.dtype))
 
 
 def init_states(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each supported model family writes into its files, as data, and how it is read.
+"""How the configuration of each supported model family is read from its files.
 
 A key or a value that is not listed here is refused by name: a switch we do not know may change
 the arithmetic, and a model that is nearly right is worse than none.
@@ -7,12 +7,23 @@ the arithmetic, and a model that is nearly right is worse than none.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from kvq_jax.models.config import DecoderConfig
+from kvq_jax.models.config_keys import (
+    FAMILIES,
+    FIELDS,
+    GGUF_ARCHITECTURES,
+    GGUF_CHECKED,
+    GGUF_FIELDS,
+    HARMLESS,
+    LARGEST,
+    SWITCHED_OFF,
+)
+from kvq_jax.models.json_files import short, token_ids
 
 # Parameter of `Decoder` -> tensor in a Hugging Face checkpoint, tensor in a GGUF file.
 # All families agree; a parameter that a config switches off is simply not looked up.
@@ -48,126 +59,33 @@ GGUF_NAMES: dict[str, str] = {ours: name for ours, (_, name) in _NAMES.items()} 
     f"layers.{{}}.{ours}": f"blk.{{}}.{name}" for ours, (_, name) in _LAYER_NAMES.items()
 }
 
-# Hugging Face key -> field of DecoderConfig, for every family.
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_q_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "mlp_width",
-    "max_position_embeddings": "max_length",
-    "rms_norm_eps": "norm_eps",
-}
-
-# Known keys that do not change what the model computes.
-_HARMLESS = {
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "is_llama_config",
-    "max_window_layers",
-    "model_type",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "use_cache",
+_WHY_REFUSED = (
+    "they may change what the model computes, so it is not loaded; "
+    "if you know that they do not, pass them as ignore_keys"
+)
+HUGGING_FACE_KEYS: dict[str, str] = {ours: key for key, ours in FIELDS.items()} | {
+    "head_dim": "head_dim"
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How one Hugging Face architecture is configured.
-
-    Attributes:
-      model_type: the `model_type` its config.json must state.
-      defaults: what a key of `_FIELDS`, "head_dim" or "sliding_window" means when it is left
-        out, as in transformers; keys that are neither here nor in the file are refused.
-      biases: key -> fields of `DecoderConfig` it switches; False when left out.
-      fixed: fields of `DecoderConfig` the architecture fixes.
-      accepted: key -> values implemented here, for keys that select a code path. The first one
-        is what transformers takes when the key is left out.
-      harmless: further keys that do not change what the model computes.
-    """
-
-    model_type: str
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    biases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    accepted: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
+def gguf_keys(architecture: str) -> dict[str, str]:
+    """Returns field of `DecoderConfig` -> key of the metadata of a GGUF file."""
+    keys = {ours: f"{architecture}.{key}" for key, ours in GGUF_FIELDS.items()}
+    return keys | {
+        "head_dim": f"{architecture}.attention.key_length",
+        "vocab_size": f"{architecture}.vocab_size",
+    }
 
 
-_ACCEPTED = {"hidden_act": ("silu",)}
-# Qwen writes a window even where `use_sliding_window` says that no layer uses it.
-_QWEN_ACCEPTED = _ACCEPTED | {"use_sliding_window": (False,)}
-
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        model_type="llama",
-        defaults={"num_key_value_heads": None, "head_dim": None},
-        biases={"attention_bias": ("qkv_bias", "o_bias"), "mlp_bias": ("mlp_bias",)},
-        accepted=_ACCEPTED | {"pretraining_tp": (1,), "rope_interleaved": (False,)},
-    ),
-    "MistralForCausalLM": Family(
-        model_type="mistral",
-        defaults={"head_dim": None, "sliding_window": 4096},
-        accepted=_ACCEPTED,
-    ),
-    "Qwen2ForCausalLM": Family(
-        model_type="qwen2",
-        defaults={"head_dim": None},
-        fixed={"qkv_bias": True},
-        accepted=_QWEN_ACCEPTED,
-        harmless=frozenset({"sliding_window"}),
-    ),
-    "Qwen3ForCausalLM": Family(
-        model_type="qwen3",
-        defaults={"head_dim": 128},
-        biases={"attention_bias": ("qkv_bias", "o_bias")},
-        fixed={"qk_norm": True},
-        accepted=_QWEN_ACCEPTED,
-        harmless=frozenset({"sliding_window"}),
-    ),
-}
-
-# GGUF key, less the prefix "ARCHITECTURE." -> field of DecoderConfig.
-_GGUF_FIELDS = {
-    "block_count": "num_layers",
-    "context_length": "max_length",
-    "embedding_length": "width",
-    "feed_forward_length": "mlp_width",
-    "attention.head_count": "num_q_heads",
-    "attention.head_count_kv": "num_kv_heads",
-    "attention.layer_norm_rms_epsilon": "norm_eps",
-    "rope.freq_base": "rope_theta",
-}
-# Keys that say again what other keys or the tensors' shapes say; checked to agree.
-_GGUF_CHECKED = {
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "rope.dimension_count": "head_dim",
-    "vocab_size": "vocab_size",
-}
-GGUF_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},  # Llama and Mistral
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
-GGUF_ROPE_DIVISORS = "rope_freqs.weight"
-
-
-def config_from_hugging_face(config: Mapping[str, Any], *, source: str) -> DecoderConfig:
+def config_from_hugging_face(
+    config: Mapping[str, Any], *, source: str, ignore_keys: Collection[str] = ()
+) -> DecoderConfig:
     """Reads a Hugging Face config.json.
 
     Args:
       config: its content.
       source: name of the file, for error messages.
+      ignore_keys: unknown keys to accept.
 
     Returns:
       The decoder's configuration.
@@ -177,61 +95,62 @@ def config_from_hugging_face(config: Mapping[str, Any], *, source: str) -> Decod
     """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
-        raise ValueError(f"{source}: 'architectures' must name one architecture: {architectures!r}")
-    architecture = str(architectures[0])
-    if architecture not in FAMILIES:
         raise ValueError(
-            f"{source}: architecture {architecture!r} is not supported; "
+            f"{source}: 'architectures' must name one architecture: {short(architectures)}"
+        )
+    architecture = architectures[0]
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise ValueError(
+            f"{source}: architecture {short(architecture)} is not supported; "
             f"supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
     if config.get("model_type") != family.model_type:
         raise ValueError(
-            f"{source}: model_type {config.get('model_type')!r} contradicts {architecture!r}, "
+            f"{source}: model_type {short(config.get('model_type'))} contradicts {architecture!r}, "
             f"which needs {family.model_type!r}"
         )
     known = {
-        *_FIELDS,
+        *ignore_keys,
+        *FIELDS,
         *family.defaults,
         *family.biases,
         *family.accepted,
         *family.harmless,
-        *_HARMLESS,
+        *HARMLESS,
         "tie_word_embeddings",
         "layer_types",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
     }
-    if unknown := sorted(set(config) - known):
+    if unknown := sorted(key for key in set(config) - known if not _is_off(key, config[key])):
         raise ValueError(
-            f"{source}: unknown key(s) for {architecture}: {', '.join(unknown)}; "
-            "they may change what the model computes, so it is not loaded"
+            f"{source}: unknown key(s) for {architecture}: {_listed(unknown)}; {_WHY_REFUSED}"
         )
+    token_ids(config, "eos_token_id", source=source)
     for key, values in family.accepted.items():
         if config.get(key, values[0]) not in values:
             raise ValueError(
-                f"{source}: {key}={config[key]!r} is not implemented; "
+                f"{source}: {key}={short(config[key])} is not implemented; "
                 f"supported: {', '.join(map(repr, values))}"
             )
     values = {**family.defaults, **config}
-    if missing := sorted(set(_FIELDS) - set(values)):
+    if missing := sorted(set(FIELDS) - set(values)):
         raise ValueError(f"{source}: missing key(s): {', '.join(missing)}")
-    fields = {ours: values[key] for key, ours in _FIELDS.items()}
+    fields = {ours: values[key] for key, ours in FIELDS.items()}
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_q_heads"]
-    fields["head_dim"] = values.get("head_dim")
-    if fields["head_dim"] is None:
-        fields["head_dim"] = _head_dim(fields, source)
     if "sliding_window" in family.defaults:
         fields["sliding_window"] = values["sliding_window"]
     for key, switches in family.biases.items():
         fields |= dict.fromkeys(switches, values.get(key, False))
     fields["tie_embeddings"] = values.get("tie_word_embeddings", False)
     try:
-        decoder_config = _decoder_config(
-            {**fields, **family.fixed, **_rope(config, fields["head_dim"])}
-        )
+        fields["head_dim"] = _head_dim(fields, values.get("head_dim"), HUGGING_FACE_KEYS)
+        fields |= family.fixed
+        fields |= _rope(config, fields["head_dim"])
+        decoder_config = _decoder_config(fields, HUGGING_FACE_KEYS)
         _check_layer_types(values.get("layer_types"), decoder_config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
@@ -244,6 +163,7 @@ def config_from_gguf(
     rope_divisors: tuple[float, ...] | None,
     *,
     source: str,
+    ignore_keys: Collection[str] = (),
 ) -> DecoderConfig:
     """Reads the metadata of a GGUF file.
 
@@ -252,6 +172,7 @@ def config_from_gguf(
       shapes: of its tensors, by name, rows first.
       rope_divisors: content of the tensor `GGUF_ROPE_DIVISORS`, if there is one.
       source: name of the file, for error messages.
+      ignore_keys: unknown keys to accept.
 
     Returns:
       The decoder's configuration.
@@ -260,71 +181,100 @@ def config_from_gguf(
       ValueError: an architecture, key or value that is not implemented, or a missing key.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
         raise ValueError(
-            f"{source}: GGUF architecture {architecture!r} is not supported; "
+            f"{source}: GGUF architecture {short(architecture)} is not supported; "
             f"supported: {', '.join(GGUF_ARCHITECTURES)}"
         )
     if (kind := metadata.get("general.type", "model")) != "model":
-        raise ValueError(f"{source}: holds a {kind!r}, not a model")
-    if (parts := metadata.get("split.count", 1)) > 1:
+        raise ValueError(f"{source}: holds a {short(kind)}, not a model")
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
         raise ValueError(
-            f"{source}: is one of {parts} parts; join them with llama.cpp's gguf-split --merge"
+            f"{source}: is one of {short(parts)} parts; join them with "
+            "llama.cpp's gguf-split --merge"
         )
     prefix = f"{architecture}."
     values = {
         key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
     }
-    if unknown := sorted(set(values) - set(_GGUF_FIELDS) - set(_GGUF_CHECKED)):
-        raise ValueError(
-            f"{source}: unknown key(s): {', '.join(prefix + key for key in unknown)}; "
-            "they may change what the model computes, so it is not loaded"
-        )
+    unknown = {prefix + key for key in set(values) - set(GGUF_FIELDS) - set(GGUF_CHECKED)}
+    if unknown := sorted(unknown - set(ignore_keys)):
+        raise ValueError(f"{source}: unknown key(s): {_listed(unknown)}; {_WHY_REFUSED}")
     values.setdefault("attention.head_count_kv", values.get("attention.head_count"))
     values.setdefault("rope.freq_base", 10000.0)  # as llama.cpp
-    missing = [prefix + key for key in _GGUF_FIELDS if values.get(key) is None]
+    missing = [prefix + key for key in GGUF_FIELDS if values.get(key) is None]
     missing += [name for name in ("token_embd.weight",) if name not in shapes]
     if missing:
         raise ValueError(f"{source}: missing: {', '.join(missing)}")
-    fields = {ours: values[key] for key, ours in _GGUF_FIELDS.items()}
-    fields["head_dim"] = values.get("attention.key_length")
-    if fields["head_dim"] is None:
-        fields["head_dim"] = _head_dim(fields, source)
+    fields = {ours: values[key] for key, ours in GGUF_FIELDS.items()}
     fields["vocab_size"] = shapes["token_embd.weight"][0]
-    for key, ours in _GGUF_CHECKED.items():
-        if (stated := values.get(key, fields[ours])) != fields[ours]:
-            raise ValueError(
-                f"{source}: {prefix}{key}={stated} is not implemented for {ours}={fields[ours]}"
-            )
-    fields["rope_divisors"] = rope_divisors
-    # llama.cpp has no key for it: a tied model has no output tensor.
-    fields["tie_embeddings"] = "output.weight" not in shapes
+    keys = gguf_keys(architecture)
     try:
-        return _decoder_config(fields | GGUF_ARCHITECTURES[architecture])
+        fields["head_dim"] = _head_dim(fields, values.get("attention.key_length"), keys)
+        for key, ours in GGUF_CHECKED.items():
+            if (stated := values.get(key, fields[ours])) != fields[ours]:
+                raise ValueError(
+                    f"{prefix}{key}={short(stated)} is not implemented for {ours}={fields[ours]}"
+                )
+        fields["rope_divisors"] = rope_divisors
+        # llama.cpp has no key for it: a tied model has no output tensor.
+        fields["tie_embeddings"] = "output.weight" not in shapes
+        return _decoder_config(fields | GGUF_ARCHITECTURES[architecture], keys)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
+def _is_off(key: str, value: Any) -> bool:
+    """Whether a key's value is the one that changes nothing."""
+    if value is None:
+        return True
+    # False == 0, but a number where a switch belongs is a mistake.
+    off = SWITCHED_OFF.get(key)
+    return off is not None and value == off and isinstance(value, bool) == isinstance(off, bool)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(short(name)[1:-1] for name in names[:8]) + more
+
+
+def _decoder_config(values: dict[str, Any], keys: Mapping[str, str]) -> DecoderConfig:
     """Makes the config of values from a file, where any type may stand."""
     for field in dataclasses.fields(DecoderConfig):
-        value = values.get(field.name)
+        key, value = keys.get(field.name, field.name), values.get(field.name)
         if field.type is float and type(value) is int:
             values[field.name] = float(value)
-        elif field.type in (int, float, bool) and field.name in values:
+        elif field.name in LARGEST:
+            _check_size(field.name, value, key)
+        elif field.type in (float, bool) and field.name in values:
             if type(value) is not field.type:
-                raise ValueError(f"{field.name} must be {field.type.__name__}, got {value!r}")
-        elif field.name == "sliding_window" and type(value) not in (int, type(None)):
-            raise ValueError(f"{field.name} must be int or null, got {value!r}")
+                raise ValueError(f"{key} must be {field.type.__name__}, got {short(value)}")
+        elif field.name == "sliding_window" and value is not None:
+            _check_size("max_length", value, key, " or null")
     return DecoderConfig(**values)
 
 
-def _head_dim(fields: Mapping[str, Any], source: str) -> int:
+def _check_size(field: str, value: Any, key: str, other: str = "") -> None:
+    if type(value) is not int:
+        raise ValueError(f"{key} must be int{other}, got {short(value)}")
+    if value < 1:
+        raise ValueError(f"{key} must be a positive integer{other}, got {short(value)}")
+    if value > LARGEST[field]:
+        raise ValueError(f"{key} must be at most {LARGEST[field]}, got {short(value)}")
+
+
+def _head_dim(fields: Mapping[str, Any], stated: Any, keys: Mapping[str, str]) -> int:
+    """Returns the stated head_dim, or the width over the number of heads."""
+    if stated is not None:
+        _check_size("head_dim", stated, keys["head_dim"])
+        return stated
+    for field in ("width", "num_q_heads"):
+        _check_size(field, fields[field], keys[field])
     width, num_q_heads = fields["width"], fields["num_q_heads"]
-    if type(width) is not int or type(num_q_heads) is not int or num_q_heads < 1:
-        raise ValueError(f"{source}: bad width {width!r} or number of heads {num_q_heads!r}")
     if width % num_q_heads:
-        raise ValueError(f"{source}: width {width} is not a multiple of {num_q_heads} heads")
+        raise ValueError(
+            f"{keys['width']}={width} is not a multiple of {keys['num_q_heads']}={num_q_heads}"
+        )
     return width // num_q_heads
 
 
@@ -333,11 +283,11 @@ def _check_layer_types(layer_types: Any, config: DecoderConfig) -> None:
     if layer_types not in (None, [expected] * config.num_layers):
         raise ValueError(
             f"layer_types must be {expected!r} for each of the {config.num_layers} layers; "
-            f"others are not implemented: {layer_types!r}"
+            f"others are not implemented: {short(layer_types)}"
         )
 
 
-def _rope(config: Mapping[str, Any], head_dim: Any) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     """Returns rope_theta and rope_divisors.
 
     transformers 5 writes one "rope_parameters"; before it, "rope_theta" and "rope_scaling".
@@ -346,11 +296,13 @@ def _rope(config: Mapping[str, Any], head_dim: Any) -> dict[str, Any]:
         raise ValueError("both rope_parameters and rope_scaling are given; remove one")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_parameters or rope_scaling is no object: {rope!r}")
+        raise ValueError(f"rope_parameters or rope_scaling is no object: {short(rope)}")
     rope = dict(rope)
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     if config.get("rope_theta", theta) != theta:
-        raise ValueError(f"rope_theta is both {config['rope_theta']} and {theta}; remove one")
+        raise ValueError(
+            f"rope_theta is both {short(config['rope_theta'])} and {short(theta)}; remove one"
+        )
     older_type = rope.pop("type", "default")  # its name in older files
     rope_type = rope.pop("rope_type", older_type)
     keys = {
@@ -362,23 +314,25 @@ def _rope(config: Mapping[str, Any], head_dim: Any) -> dict[str, Any]:
             "original_max_position_embeddings",
         },
     }
-    if str(rope_type) not in keys:
+    if not isinstance(rope_type, str) or rope_type not in keys:
         raise ValueError(
-            f"rope type {rope_type!r} is not implemented; supported: {', '.join(keys)}"
+            f"rope type {short(rope_type)} is not implemented; supported: {', '.join(keys)}"
         )
     if set(rope) != keys[rope_type]:
         raise ValueError(
             f"rope type {rope_type!r} needs exactly the keys "
-            f"{sorted(keys[rope_type])}, got {sorted(rope)}"
+            f"{sorted(keys[rope_type])}, got {short(sorted(rope))}"
         )
     for key, value in {"rope_theta": theta, **rope}.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{key} must be a positive number, got {value!r}")
+            raise ValueError(f"{key} must be a positive number, got {short(value)}")
     if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise ValueError(f"low_freq_factor must be below high_freq_factor, got {rope}")
-    if not rope or type(head_dim) is not int or head_dim < 1:  # DecoderConfig refuses those
+    if not rope:
         return {"rope_theta": theta}
-    return {"rope_theta": theta, "rope_divisors": _llama3_divisors(theta, head_dim, **rope)}
+    # NumPy computes with an integer above 2**63 as with an object.
+    rope = {key: float(value) for key, value in rope.items()}
+    return {"rope_theta": theta, "rope_divisors": _llama3_divisors(float(theta), head_dim, **rope)}
 
 
 def _llama3_divisors(
@@ -388,7 +342,7 @@ def _llama3_divisors(
     factor: float,
     low_freq_factor: float,
     high_freq_factor: float,
-    original_max_position_embeddings: int,
+    original_max_position_embeddings: float,
 ) -> tuple[float, ...]:
     """Slow rope pairs are slowed by `factor`, fast ones kept, those between interpolated."""
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)

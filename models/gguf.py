@@ -1,33 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors and metadata of a GGUF file, dequantized one tensor at a time."""
 
+import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from kvq_jax.models.config import DecoderConfig
-from kvq_jax.models.families import GGUF_NAMES, GGUF_ROPE_DIVISORS, config_from_gguf
+from kvq_jax.models.config_keys import GGUF_ROPE_DIVISORS, LARGEST
+from kvq_jax.models.families import (
+    GGUF_NAMES,
+    config_from_gguf,
+    gguf_keys,
+)
+from kvq_jax.models.gguf_header import read_header
+from kvq_jax.models.json_files import check_regular
 
 _CHUNK_ELEMENTS = 1 << 20
-
-
-class _BoundedReader(GGUFReader):
-    """A reader that refuses to read past the end of the file.
-
-    `GGUFReader` slices its memory map, which silently gives less; a file that claims 2**60
-    strings would keep it busy for ever.
-    """
-
-    # Numbers come as Python's or NumPy's, hence no annotations.
-    def _get(self, offset, dtype, count=1, override_order=None):
-        end = int(offset) + np.dtype(dtype).itemsize * int(count)
-        if end > len(self.data):
-            raise ValueError(f"a field or tensor ends at byte {end}, the file at {len(self.data)}")
-        return super()._get(offset, dtype, count, override_order)
 
 
 class GGUFCheckpoint:
@@ -39,41 +31,42 @@ class GGUFCheckpoint:
       shapes: of the tensors, by name, rows first.
       config: of the decoder.
       names: parameter of `Decoder` -> tensor.
+      keys: field of `DecoderConfig` -> key of the metadata.
     """
 
     names = GGUF_NAMES
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, ignore_keys: Collection[str] = ()):
         """Opens a file; tensors are mapped, not read.
 
         Args:
           path: the file.
+          ignore_keys: unknown keys of the metadata to accept.
 
         Raises:
           FileNotFoundError: it is not there.
           ValueError: it is damaged, or holds a model that is not supported.
         """
         self.source = str(path)
+        if sys.byteorder != "little":
+            raise ValueError(f"{path}: GGUF is read on little-endian machines only")
+        check_regular(path)
         try:
-            reader = _BoundedReader(path)
-            self.metadata: dict[str, Any] = {
-                name: value.contents() for name, value in reader.fields.items()
-            }
-        except FileNotFoundError:
-            raise
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+            self._data = np.memmap(path, np.uint8, mode="r")
+            self.metadata, self._tensors = read_header(memoryview(self._data))
+        except ValueError as error:
             raise ValueError(f"{path}: damaged or not GGUF ({error}); get it again") from error
-        if reader.byte_order != "I" or sys.byteorder != "little":
-            raise ValueError(f"{path}: only little-endian GGUF on little-endian machines is read")
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.shapes = {tensor.name: _shape(tensor) for tensor in reader.tensors}
+        self.shapes = {name: info.shape for name, info in self._tensors.items()}
         divisors = None
-        if GGUF_ROPE_DIVISORS in self.shapes:
+        if (shape := self.shapes.pop(GGUF_ROPE_DIVISORS, None)) is not None:
+            # Part of the config, not a parameter.
+            if math.prod(shape) > LARGEST["head_dim"] // 2:
+                raise ValueError(f"{path}: {GGUF_ROPE_DIVISORS!r} is too large: {list(shape)}")
             divisors = tuple(self.read(GGUF_ROPE_DIVISORS).ravel().tolist())
-            del self.shapes[GGUF_ROPE_DIVISORS]  # part of the config, not a parameter
         self.config: DecoderConfig = config_from_gguf(
-            self.metadata, self.shapes, divisors, source=self.source
+            self.metadata, self.shapes, divisors, source=self.source, ignore_keys=ignore_keys
         )
+        self.keys = gguf_keys(self.metadata["general.architecture"])
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32, in the order Hugging Face stores it.
@@ -81,33 +74,26 @@ class GGUFCheckpoint:
         Raises:
           ValueError: the tensor's quantization type is not supported.
         """
-        tensor = self._tensors[name]
-        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-        out = np.empty((rows.shape[0], int(tensor.shape[0])), np.float32)
+        info = self._tensors[name]
+        rows = self._data[info.start : info.end].reshape(-1, info.byte_shape[-1])
+        out = np.empty((rows.shape[0], info.shape[-1]), np.float32)
         step = max(1, _CHUNK_ELEMENTS // out.shape[1])
         try:
             # In chunks of rows: dequantizing a whole embedding takes several times its size.
             for start in range(0, len(rows), step):
-                out[start : start + step] = dequantize(
-                    rows[start : start + step], tensor.tensor_type
-                )
+                out[start : start + step] = dequantize(rows[start : start + step], info.type)
         except NotImplementedError as error:
             raise ValueError(
-                f"{self.source}: tensor {name!r} is {tensor.tensor_type.name}, which the gguf "
+                f"{self.source}: tensor {name!r} is {info.type.name}, which the gguf "
                 "package cannot dequantize; requantize it with llama.cpp's llama-quantize"
             ) from error
-        out = out.reshape(_shape(tensor))
+        out = out.reshape(info.shape)
         if self.metadata.get("general.architecture") == "llama":
             if name.endswith(".attn_q.weight"):
                 out = _unpermute(out, self.config.num_q_heads)
             elif name.endswith(".attn_k.weight"):
                 out = _unpermute(out, self.config.num_kv_heads)
         return out
-
-
-def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """Returns the shape, rows first; GGUF writes the fastest axis first."""
-    return tuple(tensor.shape.tolist()[::-1])
 
 
 def _unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:

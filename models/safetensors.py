@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of a Hugging Face folder, read one at a time."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from kvq_jax.models.families import HUGGING_FACE_NAMES
+from kvq_jax.models.families import HUGGING_FACE_KEYS, HUGGING_FACE_NAMES
+from kvq_jax.models.json_files import check_regular, read_json, short
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_MOST_CHARACTERS = 200  # of a file's name; file systems allow 255 bytes
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -21,9 +22,11 @@ class SafetensorsCheckpoint:
       source: the folder, for error messages.
       shapes: of the tensors, by name.
       names: parameter of `Decoder` -> tensor.
+      keys: field of `DecoderConfig` -> key of config.json.
     """
 
     names = HUGGING_FACE_NAMES
+    keys = HUGGING_FACE_KEYS
 
     def __init__(self, folder: Path):
         """Opens a folder; tensors are mapped, not read.
@@ -38,9 +41,9 @@ class SafetensorsCheckpoint:
         self.source = str(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files = {}
-        if (folder / _SINGLE).is_file():
+        if (folder / _SINGLE).exists():
             self._add(folder / _SINGLE)
-        elif (folder / _INDEX).is_file():
+        elif (folder / _INDEX).exists():
             weight_map = _read_index(folder / _INDEX)
             for name in sorted(set(weight_map.values())):
                 self._add(folder / name)
@@ -58,6 +61,7 @@ class SafetensorsCheckpoint:
 
     def _add(self, path: Path) -> None:
         try:
+            check_regular(path)
             # Metadata and bounds of every tensor are checked by the library here.
             file = safe_open(path, framework="numpy")
         except FileNotFoundError as error:
@@ -82,13 +86,16 @@ class SafetensorsCheckpoint:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not an index of safetensors ({error!r})") from error
-    for file in files:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path}: not an index of safetensors (weight_map: {short(weight_map)})")
+    for name, file in weight_map.items():
         # A shard is a file beside the index, never a path that leads out of the folder.
-        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix == "":
-            raise ValueError(f"{path}: {file!r} is not a file name")
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or Path(file).suffix == ""
+            or len(file) > _MOST_CHARACTERS
+        ):
+            raise ValueError(f"{path}: {short(file)} is not a file name (tensor {short(name)})")
     return weight_map

@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from kvq_jax import dense
-from kvq_jax.models import Decoder, DecoderConfig, init_states, load_decoder
+from kvq_jax.models import Decoder, DecoderConfig, Layer, init_states, load_decoder
 
 FAMILIES = ["llama", "llama_rope_llama3", "mistral_swa", "qwen2_qkv_bias", "qwen3_qk_norm"]
 TINY = DecoderConfig(
@@ -241,12 +241,38 @@ def test_bfloat16_stays_bfloat16_and_near_float32(golden):
     assert np.abs(step - logits[:, :8]).max() < 10 * 2**-8 * np.abs(data["logits"]).max()
 
 
-def test_ids_outside_the_vocabulary_are_not_silent():
+def test_ids_outside_the_vocabulary_are_nan_under_jit():
     decoder = Decoder(TINY, rngs=nnx.Rngs(0))
-    tokens = jnp.array([[1, 2, TINY.vocab_size], [1, 2, 3]], jnp.int32)
+    size = TINY.vocab_size
+    wrong = jnp.array([size, -1, -size, -size - 1, 2**31 - 1, -(2**31)], jnp.int32)
+    tokens = jnp.stack([jnp.full_like(wrong, 1), wrong], axis=1)
+    tokens = jnp.concatenate([tokens, jnp.array([[1, size - 1]], jnp.int32)])
     logits, _ = prefill_logits(decoder, tokens)
-    assert np.isnan(logits[0, 2]).all()
-    assert np.isfinite(logits[1]).all()
+    assert np.isnan(logits[:-1, 1]).all()
+    assert np.isfinite(logits[-1]).all()
+    step = chunked_logits(decoder, tokens, 1)
+    assert np.isnan(step[:-1, 1]).all()
+    assert np.isfinite(step[-1]).all()
+
+
+def test_ids_outside_the_vocabulary_are_refused_outside_jit():
+    decoder = Decoder(TINY, rngs=nnx.Rngs(0))
+    states = init_states(TINY, dense(), 2, 16)
+    for wrong in (TINY.vocab_size, -1, -TINY.vocab_size):
+        tokens = jnp.array([[1, 2, 3], [4, wrong, 5]], jnp.int32)
+        message = rf"token id {wrong} in row 1 is not in 0 to 60"
+        with pytest.raises(ValueError, match=message):
+            decoder(tokens, states, dense())
+        with pytest.raises(ValueError, match=message):
+            decoder.prefill(tokens, states, dense())
+        with pytest.raises(ValueError, match=message):
+            decoder.prefill(tokens, states, dense(), lengths=jnp.array([3, 2], jnp.int32))
+    # In the padding of a prompt anything may stand.
+    lengths = jnp.array([3, 1], jnp.int32)
+    run_layer = jax.jit(Layer.prefill, static_argnums=4)
+    hidden, _ = decoder.prefill(tokens, states, dense(), lengths=lengths, run_layer=run_layer)
+    assert np.isfinite(hidden[0]).all()
+    assert np.isfinite(hidden[1, 0]).all()
 
 
 def test_every_switch_changes_the_parameters():

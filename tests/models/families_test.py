@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import time
 
 import numpy as np
 import pytest
@@ -122,6 +123,41 @@ def test_older_rope_scaling_equals_rope_parameters(golden, name):
     assert ((divisors >= 1) & (divisors <= 8)).all()
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2_qkv_bias", {"use_mrope": False}),  # Qwen2.5-0.5B
+        ("llama_rope_llama3", {"unsloth_fixed": True, "unsloth_version": "2026.3.3"}),
+        ("qwen3_qk_norm", {"_attn_implementation_autoset": True}),
+        ("llama", {"problem_type": None, "output_attentions": False, "return_dict": True}),
+        ("llama", {"pad_token_id": -1, "attn_implementation": "sdpa", "pruned_heads": {}}),
+        ("llama", {"id2label": {"0": "LABEL_0"}, "is_decoder": False, "sliding_window": None}),
+        ("mistral_swa", {"attention_bias": False, "use_sliding_window": False}),
+        ("llama", {"a_key_of_the_future": None}),
+    ],
+)
+def test_bookkeeping_and_switches_that_are_off_change_nothing(golden, family, changes):
+    assert read(config_of(golden, family, **changes)) == read(config_of(golden, family))
+
+
+def test_an_unknown_key_may_be_ignored(golden):
+    config = config_of(golden, "llama", colour="blue", shape="round")
+    with pytest.raises(ValueError, match=r"colour, shape; .* pass them as ignore_keys"):
+        read(config)
+    with pytest.raises(ValueError, match=r"unknown key\(s\) for LlamaForCausalLM: shape;"):
+        config_from_hugging_face(config, source="x", ignore_keys=["colour"])
+    got = config_from_hugging_face(config, source="x", ignore_keys=["colour", "shape"])
+    assert got == read(config_of(golden, "llama"))
+    # A known key keeps its meaning.
+    got = config_from_hugging_face(
+        config_of(golden, "llama", mlp_bias=True), source="x", ignore_keys=["mlp_bias"]
+    )
+    assert got.mlp_bias
+    metadata = GGUF | {"llama.colour": "blue"}
+    got = config_from_gguf(metadata, SHAPES, None, source="x", ignore_keys=["llama.colour"])
+    assert got == read_gguf()
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -141,6 +177,15 @@ LLAMA3 = {
         ("llama", {"logit_scale": 2.0}, r"unknown key\(s\) for LlamaForCausalLM: logit_scale"),
         ("llama", {"quantization_config": {}}, "unknown key.*quantization_config"),
         ("llama", {"sliding_window": 8}, "unknown key.*sliding_window"),
+        ("qwen2_qkv_bias", {"use_mrope": True}, "unknown key.*use_mrope"),
+        ("llama", {"is_encoder_decoder": 0}, "unknown key.*is_encoder_decoder"),
+        ("llama", {"partial_rotary_factor": 0.5}, "unknown key.*partial_rotary_factor"),
+        ("llama", {f"key_{i:03}": 1 for i in range(500)}, "key_007 and 492 more"),
+        ("llama", {"architectures": [["LlamaForCausalLM"]]}, r"\['LlamaForCausalLM'\] is not supp"),
+        ("llama", {"eos_token_id": "2"}, "eos_token_id must be an integer or a list of them: '2'"),
+        ("llama", {"eos_token_id": [[2]]}, "eos_token_id must be an integer or a list"),
+        ("llama", {"eos_token_id": True}, "eos_token_id must be an integer or a list"),
+        ("llama", {"eos_token_id": 2.0}, "eos_token_id must be an integer or a list"),
         ("mistral_swa", {"attention_bias": True}, "unknown key.*attention_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented"),
         ("llama", {"pretraining_tp": 2}, "pretraining_tp=2 is not implemented"),
@@ -151,10 +196,14 @@ LLAMA3 = {
         ("qwen3_qk_norm", {"layer_types": 2}, "layer_types must be"),
         ("llama", {"hidden_size": ...}, r"missing key\(s\): hidden_size"),
         ("mistral_swa", {"num_key_value_heads": ...}, "missing.*num_key_value_heads"),
-        ("llama", {"hidden_size": "64", "head_dim": None}, "bad width '64'"),
-        ("llama", {"hidden_size": 66, "head_dim": None}, "66 is not a multiple of 4 heads"),
+        ("llama", {"hidden_size": "64", "head_dim": None}, "hidden_size must be int, got '64'"),
+        (
+            "llama",
+            {"hidden_size": 66, "head_dim": None},
+            "hidden_size=66 is not a multiple of num_attention_heads=4",
+        ),
         ("llama", {"head_dim": 0}, "head_dim must be a positive integer"),
-        ("llama", {"num_hidden_layers": "2"}, "num_layers must be int, got '2'"),
+        ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers must be int, got '2'"),
         ("llama", {"vocab_size": True}, "vocab_size must be int, got True"),
         ("llama", {"rms_norm_eps": None}, "norm_eps must be float, got None"),
         ("llama", {"tie_word_embeddings": "no"}, "tie_embeddings must be bool, got 'no'"),
@@ -179,12 +228,34 @@ LLAMA3 = {
         ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": "1"}}, "rope_theta must be a pos"),
         ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "must be below"),
         ("llama", {"rope_parameters": LLAMA3, "head_dim": "8"}, "head_dim must be int"),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3, "head_dim": 10**12},
+            "head_dim must be at most",
+        ),
+        ("mistral_swa", {"sliding_window": 10**12}, "sliding_window must be at most"),
     ],
 )
 def test_refused_configs(golden, family, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         read(config_of(golden, family, **changes))
     assert str(error.value).startswith("x/config.json: ")
+
+
+SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+SIZES += ["num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"]
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("value", [10**12, 10**300, 0, -1, 2.0, "2", [2], True])
+def test_absurd_sizes_are_refused_at_once(golden, key, value):
+    layers = ["full_attention"] * 2
+    config = config_of(golden, "llama", rope_parameters=LLAMA3, layer_types=layers, **{key: value})
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"x/config\.json: {key} must be") as error:
+        read(config)
+    assert time.monotonic() - start < 1
+    assert len(str(error.value)) < 150
 
 
 GGUF = {
@@ -230,8 +301,11 @@ def test_gguf_config_equals_hugging_face(golden):
         ({"shapes": {}}, r"missing: token_embd\.weight"),
         ({"llama__vocab_size": 64}, "llama.vocab_size=64 is not implemented for vocab_size=128"),
         ({"llama__rope__dimension_count": 8}, "dimension_count=8 is not .* head_dim=16"),
-        ({"llama__block_count": [2, 2]}, r"num_layers must be int, got \[2, 2\]"),
-        ({"llama__attention__head_count": [4, 4]}, "bad width 64 or number of heads"),
+        ({"llama__block_count": [2, 2]}, r"llama\.block_count must be int, got \[2, 2\]"),
+        (
+            {"llama__attention__head_count": [4, 4]},
+            r"llama\.attention\.head_count must be int, got \[4, 4\]",
+        ),
     ],
 )
 def test_refused_gguf_metadata(changes, message):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
+import struct
+import time
 
 import gguf
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from kvq_jax import dense
 from kvq_jax.models import init_states, load, load_decoder
 from kvq_jax.models.families import GGUF_NAMES, HUGGING_FACE_NAMES
 from kvq_jax.models.gguf import GGUFCheckpoint
+from kvq_jax.models.gguf_header import read_header
 
 
 def permute(rows, num_heads):
@@ -209,6 +213,168 @@ def test_lying_headers_are_refused(convert, tmp_path):
     check(info + 4, 2**40)  # its first axis
     check(info + 20, 250, 4)  # its type
     check(info + 24, 2**40)  # its offset
+
+
+def offset_of(whole, tensor):
+    """Where in the file the offset of a tensor of two axes stands."""
+    return whole.index(tensor) + len(tensor) + 4 + 2 * 8 + 4
+
+
+def test_tensors_that_overlap_or_leave_gaps_are_refused(convert, tmp_path):
+    whole = bytearray(convert("llama").read_bytes())
+    path = tmp_path / "moved.gguf"
+    first, second = (offset_of(whole, f"blk.{i}.ffn_up.weight".encode()) for i in (0, 1))
+    offset, other = (int.from_bytes(whole[i : i + 8], "little") for i in (first, second))
+    for wrong in (other, offset + 1, offset - 1, offset + 32, offset - 32, 0, 2**63, 2**64 - 32):
+        moved = whole.copy()
+        moved[first : first + 8] = wrong.to_bytes(8, "little")
+        path.write_bytes(moved)
+        with pytest.raises(ValueError, match=r"moved\.gguf: damaged .*'blk\.0\.ffn_up\.weight'"):
+            GGUFCheckpoint(path)
+    swapped = whole.copy()
+    swapped[first : first + 8], swapped[second : second + 8] = (
+        whole[second : second + 8],
+        whole[first : first + 8],
+    )
+    path.write_bytes(swapped)
+    with pytest.raises(ValueError, match="without gap or overlap"):
+        GGUFCheckpoint(path)
+    # As after a wrong alignment, which moves all tensors.
+    path.write_bytes(whole + bytes(32))
+    with pytest.raises(ValueError, match="the last tensor ends at byte"):
+        GGUFCheckpoint(path)
+
+
+def test_a_damaged_header_never_gives_other_weights(convert, tmp_path):
+    source = convert("llama", quantization=GGMLQuantizationType.Q8_0)
+    whole = source.read_bytes()
+    tensors = GGUFCheckpoint(source)
+    weights = {name: tensors.read(name) for name in tensors.shapes}
+    start = whole.index(b"token_embd.weight") - 8
+    end = max(whole.index(name.encode()) for name in weights) + 40
+    path = tmp_path / "damaged.gguf"
+    rng = np.random.default_rng(0)
+    num_loaded = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(start, end)] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            checkpoint = GGUFCheckpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            continue
+        # A damaged name is refused when the decoder is filled; the others must be as they were.
+        for name in set(checkpoint.shapes) & set(weights):
+            np.testing.assert_array_equal(checkpoint.read(name), weights[name])
+        num_loaded += set(checkpoint.shapes) == set(weights)
+    assert num_loaded == 0
+
+
+def with_keys(*pairs):
+    """A GGUF file without tensors; pairs of a key and its encoded value."""
+    keys = b"".join(text(key) + value for key, value in pairs)
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + keys
+
+
+def text(value):
+    encoded = value.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def array(kind, count, content):
+    return struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, kind, count) + content
+
+
+def test_each_type_of_value_is_read():
+    # In the order of the format's types; 8 is a string and 9 an array.
+    forms = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+    values = {0: 200, 1: -3, 2: 60000, 3: -300, 4: 2**31, 5: -5, 6: 0.5, 7: True}
+    values |= {10: 2**63, 11: -(2**40), 12: 0.1}
+    encoded = {kind: struct.pack(f"<{form}", values[kind]) for kind, form in forms.items()}
+    encoded[8], values[8] = text("ü"), "ü"
+    keys = [(f"x{kind}", struct.pack("<I", kind) + value) for kind, value in encoded.items()]
+    keys += [(f"y{kind}", array(kind, 2, 2 * value)) for kind, value in encoded.items()]
+    metadata, tensors = read_header(memoryview(with_keys(*keys)))
+    assert not tensors
+    for kind, value in values.items():
+        assert metadata[f"x{kind}"] == value
+        assert type(metadata[f"x{kind}"]) is type(value)
+        assert metadata[f"y{kind}"] == [value, value]
+
+
+def test_arrays_take_bounded_time_and_memory():
+    uint8, string = gguf.GGUFValueType.UINT8, gguf.GGUFValueType.STRING
+    mega = 1 << 20
+    start = time.monotonic()
+    metadata, _ = read_header(memoryview(with_keys(("a", array(uint8, 4 * mega, bytes(4 * mega))))))
+    assert metadata == {"a": [0] * (4 * mega)}
+    metadata, _ = read_header(memoryview(with_keys(("a", array(string, mega, bytes(8 * mega))))))
+    assert metadata == {"a": [""] * mega}
+    half = ("a", array(uint8, 2 * mega + 1, bytes(2 * mega + 1)))
+    for keys in (
+        [("a", array(uint8, 5 * mega, bytes(5 * mega)))],
+        [half, ("b", half[1])],
+        [("a", array(string, 2**63, b""))],
+    ):
+        with pytest.raises(ValueError, match=r"key '.': an array of \d+ items; .* 4194304 in all"):
+            read_header(memoryview(with_keys(*keys)))
+    with pytest.raises(ValueError, match="key 'a': a field ends at byte"):
+        read_header(memoryview(with_keys(("a", array(uint8, 1000, b"1")))))
+    with pytest.raises(ValueError, match="the header is larger than 64 MiB"):
+        read_header(
+            memoryview(with_keys(("a", struct.pack("<IQ", string, 65 * mega) + bytes(65 * mega))))
+        )
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([("a", struct.pack("<IB", 0, 1))] * 2, "key 'a' occurs twice"),
+        ([("a", array(9, 1, array(0, 1, b"1")))], "an array of arrays is not supported"),
+        ([("a", struct.pack("<I", 99))], "key 'a': 99 is not a valid GGUFValueType"),
+        ([("a", struct.pack("<IQ", 8, 1) + b"\xff")], "key 'a': 'utf-8' codec"),
+        ([("general.alignment", struct.pack("<II", 4, 48))], "general.alignment must be a power"),
+        ([("general.alignment", struct.pack("<II", 4, 0))], "general.alignment must be a power"),
+        ([("general.alignment", struct.pack("<If", 6, 32))], "general.alignment must be a power"),
+    ],
+)
+def test_bad_metadata_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        read_header(memoryview(with_keys(*keys)))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo.gguf")
+    with pytest.raises(ValueError, match=r"fifo\.gguf: not a regular file"):
+        load_decoder(tmp_path / "fifo.gguf")
+
+
+def claim_layers(path, num_layers):
+    """Changes the number of layers that a GGUF file states."""
+    whole = bytearray(path.read_bytes())
+    key = b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    whole[at : at + 4] = struct.pack("<I", num_layers)
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "message"),
+    [
+        (3000, r"missing tensor 'blk\.2\.attn_norm\.weight', with llama\.block_count=3000"),
+        (1, r"unexpected tensor 'blk\.1\.attn_norm\.weight', with llama\.block_count=1"),
+        (10**9, r"llama\.block_count must be at most 10000"),
+    ],
+)
+def test_another_number_of_layers_is_refused_at_once(convert, num_layers, message):
+    path = convert("llama")
+    claim_layers(path, num_layers)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        load_decoder(path)
+    assert time.monotonic() - start < 2
 
 
 def test_big_endian_is_refused(convert):

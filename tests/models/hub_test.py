@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from kvq_jax.models import Decoder, load, load_config, load_decoder
@@ -200,9 +202,63 @@ def test_wrong_indexes_are_refused(checkpoint):
     refused(weight_map | {name: "a.safetensors"}, "not there", FileNotFoundError)
     shutil.copy(folder / second, folder / "a.safetensors")
     refused(weight_map | {name: "a.safetensors"}, "is in another shard too")
+    refused(weight_map | {name: ["a"]}, r"\['a'\] is not a file name")
+    refused(weight_map | {name: "/etc/a.safetensors"}, "is not a file name")
+    refused(weight_map | {name: "x" * 5000 + ".safetensors"}, "is not a file name")
+    (folder / "b.safetensors").mkdir()
+    refused(weight_map | {name: "b.safetensors"}, r"b\.safetensors: not a regular file")
+    os.mkfifo(folder / "c.safetensors")
+    refused(weight_map | {name: "c.safetensors"}, r"c\.safetensors: not a regular file")
     (folder / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ValueError, match="not an index"):
+    with pytest.raises(ValueError, match=r"index\.json: not JSON"):
         load_decoder(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "config.json"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_without_blocking(checkpoint, name, make):
+    folder = checkpoint("llama")
+    for old in {name, "model.safetensors"}:
+        (folder / old).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(ValueError, match=f"{name}: not a regular file"):
+        load_decoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 3000, r"layers\.2\.input_layernorm.*num_hidden_layers=3000"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers must be at most 10000"),
+        ("vocab_size", 10**7, r"vocab_size=10000000, hidden_size=64"),
+        ("hidden_size", 10**7, r"vocab_size=128, hidden_size=10000000"),
+        ("intermediate_size", 10**7, r"intermediate_size=10000000, hidden_size=64"),
+        ("num_attention_heads", 2**16, r"num_attention_heads=65536, head_dim=16"),
+        ("num_key_value_heads", 1, r"num_key_value_heads=1, head_dim=16"),
+        ("head_dim", 2**16, r"num_attention_heads=4, head_dim=65536"),
+    ],
+)
+def test_sizes_are_checked_against_the_tensors_first(checkpoint, monkeypatch, key, value, message):
+    def build(function):
+        raise AssertionError("a decoder of this size would be built")
+
+    monkeypatch.setattr(nnx, "eval_shape", build)
+    folder = checkpoint("llama", **{key: value})
+    with pytest.raises(ValueError, match=message) as error:
+        load_decoder(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_key_one_vouches_for_may_be_ignored(checkpoint, golden):
+    folder = checkpoint("llama", colour="blue")
+    for loader in (load_config, load_decoder):
+        with pytest.raises(ValueError, match=r"unknown key.*colour"):
+            loader(folder)
+    assert load_config(folder, ignore_keys=["colour"]) == load_config(golden / "families/llama")
+    decoder = load_decoder(folder, ignore_keys=["colour"])
+    assert_same_weights(decoder, load_decoder(golden / "families" / "llama"))
 
 
 def test_missing_files(checkpoint, tmp_path):
