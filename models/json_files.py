@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         try:
             _check_value(value)
         except ValueError as error:
-            raise ValueError(f"{path}: {short(key)} {error}") from error
+            raise ValueError(f"{path}: {key[:80]} {error}") from error
     return content
 
 

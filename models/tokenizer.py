@@ -10,10 +10,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from kvq_jax.models import chat_template as chat_templates
 from kvq_jax.models import text_stream
+from kvq_jax.models.json_files import check_regular, short
 from kvq_jax.models.tokenizer_settings import (
     Settings,
     apply_settings,
-    read_json,
+    read_optional,
     read_settings,
     token_ids,
 )
@@ -190,6 +191,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{path}: not there; load_decoder() loads a model without a tokenizer"
         )
+    check_regular(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
@@ -197,7 +199,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     settings = read_settings(folder)
     tokenizer = apply_settings(tokenizer, settings)
     named = settings.named_tokens()
-    config = read_json(folder / "config.json")
+    config = read_optional(folder / "config.json")
     vocab_size = config.get("vocab_size")
     if type(vocab_size) is not int:  # load() refuses such a config
         vocab_size = 1 << 31
@@ -205,7 +207,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     stop_ids = [
         i
         for name in ("generation_config.json", "config.json")
-        for i in token_ids(read_json(folder / name), "eos_token_id", folder / name, vocab_size)
+        for i in token_ids(read_optional(folder / name), "eos_token_id", folder / name, vocab_size)
     ]
     if "eos_token" in named:
         stop_ids.append(tokenizer.token_to_id(named["eos_token"].content))
@@ -273,8 +275,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str) -> Tokenize
         if get(f"{name}_token_id") is not None
     }
     for name, i in ids.items():
-        if not 0 <= i < len(tokens):
-            raise ValueError(f"{source}: tokenizer.ggml.{name}_token_id {i} is not a token")
+        if type(i) is not int or not 0 <= i < len(tokens):
+            raise ValueError(f"{source}: tokenizer.ggml.{name}_token_id {short(i)} is not a token")
     before = [name for name in ("bos",) if get("add_bos_token", False)]
     after = [name for name in ("eos",) if get("add_eos_token", False)]
     if missing := [name for name in before + after if name not in ids]:
@@ -289,6 +291,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str) -> Tokenize
     return Tokenizer(
         tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
+        template_source=f"{source}: tokenizer.chat_template",
         special_tokens={
             f"{name}_token": tokens[i] for name, i in ids.items() if name in ("bos", "eos")
         },

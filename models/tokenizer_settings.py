@@ -2,7 +2,6 @@
 """Settings that Hugging Face keeps beside tokenizer.json, and that change token ids."""
 
 import json
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-_MOST_BYTES = 1 << 24
+from kvq_jax.models import json_files
+from kvq_jax.models.json_files import read_json, short
+
 _NAMED_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
-
-_short = reprlib.Repr(maxlevel=3, maxlist=8, maxdict=8, maxstring=80, maxlong=40).repr
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Settings:
         """
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{self.where(key)} must be true or false, got {_short(value)}")
+            raise ValueError(f"{self.where(key)} must be true or false, got {short(value)}")
         return value
 
     def named_tokens(self) -> dict[str, tokenizers.AddedToken]:
@@ -72,17 +71,17 @@ def read_settings(folder: Path) -> Settings:
       ValueError: a file is damaged.
     """
     path = folder / "tokenizer_config.json"
-    values = read_json(path)
+    values = read_optional(path)
     files = dict.fromkeys(values, path)
     # Older files leave the tokens to two more files; newer ones repeat them there.
     if "added_tokens_decoder" not in values:
         path = folder / "special_tokens_map.json"
-        older = read_json(path)
+        older = read_optional(path)
         values |= older
         files |= dict.fromkeys(older, path)
         path = folder / "added_tokens.json"
         if path.is_file():
-            values["added_tokens"] = read_json(path)
+            values["added_tokens"] = read_optional(path)
             files["added_tokens"] = path
     return Settings(values, files)
 
@@ -120,37 +119,22 @@ def token_ids(values: dict[str, Any], key: str, path: Path, vocab_size: int) -> 
     Raises:
       ValueError: it holds something else.
     """
-    value = values.get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
+    ids = json_files.token_ids(values, key, source=str(path))
+    if any(not 0 <= i < vocab_size for i in ids):
         raise ValueError(
             f"{path}: {key} must be a token id below {vocab_size} or a list of them, "
-            f"got {_short(value)}"
+            f"got {short(values[key])}"
         )
     return ids
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_optional(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, empty when there is no such file.
 
     Raises:
-      ValueError: the file holds something else, or is too large.
+      ValueError: as `read_json`.
     """
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        raw = file.read(_MOST_BYTES + 1)
-    if len(raw) > _MOST_BYTES:
-        raise ValueError(f"{path}: larger than {_MOST_BYTES >> 20} MiB; no such file should be")
-    try:
-        content = json.loads(raw.decode())
-    except RecursionError as error:
-        raise ValueError(f"{path}: nests too deep; download it again") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return content
+    return read_json(path) if path.exists() else {}
 
 
 def _token(value: Any, where: str) -> tokenizers.AddedToken:
@@ -158,10 +142,10 @@ def _token(value: Any, where: str) -> tokenizers.AddedToken:
     if isinstance(value, str):
         value = {"content": value}
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise ValueError(f"{where} must be the text of a token, got {_short(value)}")
+        raise ValueError(f"{where} must be the text of a token, got {short(value)}")
     flags = {flag: value[flag] for flag in _FLAGS if flag in value}
     if not all(isinstance(flag, bool) for flag in flags.values()):
-        raise ValueError(f"{where} has a flag that is neither true nor false: {_short(value)}")
+        raise ValueError(f"{where} has a flag that is neither true nor false: {short(value)}")
     return tokenizers.AddedToken(value["content"], **({"special": True} | flags))
 
 
@@ -173,18 +157,18 @@ def _stated_tokens(settings: Settings) -> Iterator[tuple[str, int, tokenizers.Ad
             continue
         where = settings.where(key)
         if not isinstance(stated, dict):
-            raise ValueError(f"{where} must be an object, got {_short(stated)}")
+            raise ValueError(f"{where} must be an object, got {short(stated)}")
         for name, value in stated.items():
             if key == "added_tokens":
                 token = tokenizers.AddedToken(name, special=False, normalized=True)
                 i = value
             else:
-                token = _token(value, f"{where}[{_short(name)}]")
+                token = _token(value, f"{where}[{short(name)}]")
                 # The default of an object is not that of a text.
                 token.special = value.get("special", False) if isinstance(value, dict) else True
                 i = int(name) if name.isdecimal() and len(name) < 20 else None
             if type(i) is not int or i < 0:
-                raise ValueError(f"{where} has an id that is no number: {_short({name: value})}")
+                raise ValueError(f"{where} has an id that is no number: {short({name: value})}")
             yield where, i, token
 
 
@@ -196,7 +180,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = settings.values.get(key) or []
         if not isinstance(value, list | dict):
-            raise ValueError(f"{settings.where(key)} must be a list of tokens, got {_short(value)}")
+            raise ValueError(f"{settings.where(key)} must be a list of tokens, got {short(value)}")
         values = value.values() if isinstance(value, dict) else value
         more += [_token(token, settings.where(key)) for token in values]
     special |= {token.content for token in more}
@@ -211,13 +195,13 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
     for where, i, token in stated:
         if (actual := tokenizer.token_to_id(token.content)) != i:
             raise ValueError(
-                f"{where} gives {_short(token.content)} the id {i}, tokenizer.json {actual}; "
+                f"{where} gives {short(token.content)} the id {i}, tokenizer.json {actual}; "
                 "download both again"
             )
     eos = named.get("eos_token")
     if eos is not None and tokenizer.token_to_id(eos.content) is None:
         raise ValueError(
-            f"{settings.where('eos_token')} {_short(eos.content)} is not in tokenizer.json"
+            f"{settings.where('eos_token')} {short(eos.content)} is not in tokenizer.json"
         )
     for token in [*named.values(), *more]:
         if token.content and token.content not in there:

@@ -42,12 +42,12 @@ def test_ordinary_files(write):
         ("null", "holds no JSON object, but None"),
         ("[" * 100_000 + "]" * 100_000, "not JSON .*recursion"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "not JSON .*recursion"),
-        ('{"deep":' + "[" * 500 + "]" * 500 + "}", "'deep' nests more than 64 levels deep"),
-        ('{"n": ' + "7" * 400 + "}", "'n' holds a number that is NaN or too large"),
-        ('{"n": -' + "7" * 9000 + "}", "'n' holds a number that is NaN or too large"),
-        ('{"n": 1e400}', "'n' holds a number that is NaN or too large"),
-        ('{"n": [0, {"m": NaN}]}', "'n' holds a number that is NaN or too large"),
-        ('{"n": -Infinity}', "'n' holds a number that is NaN or too large"),
+        ('{"deep":' + "[" * 500 + "]" * 500 + "}", "deep nests more than 64 levels deep"),
+        ('{"n": ' + "7" * 400 + "}", "n holds a number that is NaN or too large"),
+        ('{"n": -' + "7" * 9000 + "}", "n holds a number that is NaN or too large"),
+        ('{"n": 1e400}', "n holds a number that is NaN or too large"),
+        ('{"n": [0, {"m": NaN}]}', "n holds a number that is NaN or too large"),
+        ('{"n": -Infinity}', "n holds a number that is NaN or too large"),
     ],
 )
 def test_bad_files_are_refused(write, content, message):
