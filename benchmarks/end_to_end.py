@@ -45,10 +45,17 @@ import numpy as np
 from flax import nnx
 
 import kvq_jax as kvq
-from kvq_jax.generation import Drawn, cache_nbytes, drawing_step, pad, prefill, round_capacity
+from kvq_jax.decoding.generation import (
+    Drawn,
+    cache_nbytes,
+    drawing_step,
+    pad,
+    prefill,
+    round_capacity,
+)
+from kvq_jax.decoding.sampling import Sampling
 from kvq_jax.models import Decoder, DecoderConfig, init_states
 from kvq_jax.models.shapes import SHAPES
-from kvq_jax.sampling import Sampling
 
 METHODS = {"dense": kvq.dense(), "ott": kvq.ott()}
 LLAMA_3_8B = SHAPES["llama-3-8b"]

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
         load_calibration,
         save_calibration,
     )
-    from kvq_jax.generation import Generation, generate
-    from kvq_jax.sampling import Sampling
+    from kvq_jax.decoding.generation import Generation, generate
+    from kvq_jax.decoding.sampling import Sampling
 
 __all__ = [
     "KV",
@@ -98,9 +98,9 @@ _LAZY = {
     "load_calibration": "kvq_jax.calibration",
     "save_calibration": "kvq_jax.calibration",
     "Calibration": "kvq_jax.calibration",
-    "generate": "kvq_jax.generation",
-    "Generation": "kvq_jax.generation",
-    "Sampling": "kvq_jax.sampling",
+    "generate": "kvq_jax.decoding.generation",
+    "Generation": "kvq_jax.decoding.generation",
+    "Sampling": "kvq_jax.decoding.sampling",
 }
 
 

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from kvq_jax import aot, generation
+from kvq_jax import aot
 from kvq_jax.base import CacheSpec, CacheTransform, nbytes
+from kvq_jax.decoding import generation
 from kvq_jax.engines import Layered, Window
 from kvq_jax.kernels.decode_attention import tpu
 from kvq_jax.models import Decoder, DecoderConfig, init_states

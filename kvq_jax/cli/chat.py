@@ -49,7 +49,7 @@ def chat(
     loaded = terminal.load_model(model, dtype)
     caches, fitted = options.load_fitted(params, {method: cache}, loaded.config)
 
-    from kvq_jax.generation import generate
+    from kvq_jax.decoding.generation import generate
 
     first = [] if system is None else [{"role": "system", "content": system}]
     messages = list(first)

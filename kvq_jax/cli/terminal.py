@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from kvq_jax.generation import Generation
+    from kvq_jax.decoding.generation import Generation
     from kvq_jax.models import LoadedModel, Tokenizer
 
 out = Console(highlight=False)

@@ -10,7 +10,7 @@ import typer
 
 import kvq_jax
 from kvq_jax.cli import options, terminal
-from kvq_jax.generation import generate
+from kvq_jax.decoding.generation import generate
 from kvq_jax.models import load
 
 PROMPT = "The keeper wound the clockwork that turned the lens, and the lens turned."
@@ -188,7 +188,7 @@ def test_interrupt_exits_130_and_ends_the_printer(kvq, tiny, monkeypatch):
         on_tokens([5])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvq_jax.generation.generate", interrupted)
+    monkeypatch.setattr("kvq_jax.decoding.generation.generate", interrupted)
     assert kvq("generate", PROMPT, "--model", tiny).code == 130
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kvq_jax.base import CacheTransform, Params, nbytes
+from kvq_jax.decoding.sampling import Sampling, sample
 from kvq_jax.methods import ott
 from kvq_jax.models import Decoder, Layer, LoadedModel, init_states
-from kvq_jax.sampling import Sampling, sample
 
 Prompts = str | Sequence[str | Sequence[int]]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import kvq_jax as kvq
-from kvq_jax import generation
+from kvq_jax.decoding import generation
+from kvq_jax.decoding.sampling import sample
 from kvq_jax.models import init_states, load_decoder
-from kvq_jax.sampling import sample
 
-FOLDER = Path(__file__).parent / "models" / "golden" / "families" / "llama"
+FOLDER = Path(__file__).parents[1] / "models" / "golden" / "families" / "llama"
 OTT = kvq.ott(group_size=32, residual_length=16, untraced_layers=0)
 DRAWN = kvq.Sampling(temperature=2.0)
 METHODS = {"dense": kvq.dense(), "kivi": kvq.kivi(group_size=32, residual_length=16), "ott": OTT}

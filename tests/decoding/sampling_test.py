@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvq_jax.sampling import Sampling, sample
+from kvq_jax.decoding.sampling import Sampling, sample
 
 PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.3, 0.08, 0.15])
 DRAWS = 4000
