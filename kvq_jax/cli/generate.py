@@ -56,8 +56,8 @@ def generate(
     caches, fitted = options.load_fitted(params, {method: cache}, loaded.config)
 
     from kvq_jax.base import nbytes
-    from kvq_jax.decoding.generation import cache_nbytes, round_capacity
     from kvq_jax.decoding.generation import generate as decode
+    from kvq_jax.decoding.steps import cache_nbytes, round_capacity
     from kvq_jax.methods import dense
 
     if capacity is None:
