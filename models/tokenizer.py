@@ -12,6 +12,8 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from kvq_jax.models import text_stream
+
 # tokenizer.ggml.pre -> how text is cut before byte-pair merges.
 _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
@@ -31,7 +33,7 @@ class Tokenizer:
 
     Attributes:
       stop_ids: tokens that end an answer.
-      vocab_size: number of ids, added tokens included.
+      vocab_size: one more than the largest id, added tokens included.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class Tokenizer:
         self._chat_template = chat_template
         self._special_tokens = dict(special_tokens or {})
         self.stop_ids: tuple[int, ...] = tuple(sorted(set(stop_ids)))
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._decoder = text_stream.TextDecoder(tokenizer)
+        self.vocab_size: int = self._decoder.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text.
@@ -69,38 +72,61 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids; bytes that are no UTF-8 become U+FFFD.
 
+        An id without a token has no text: the vocabulary of many models is padded.
+
         Raises:
-          ValueError: an id is not in the vocabulary.
+          ValueError: an id is negative.
         """
-        ids = [int(i) for i in ids]
-        for i in ids:
-            self._check(i)
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._decoder.decode(map(int, ids), skip_special=skip_special_tokens)
 
-    def decode_stream(
-        self, ids: Iterable[int], *, skip_special_tokens: bool = False
-    ) -> Iterator[str]:
-        """Yields the text of ids as they come, never half a character.
+    def continuation(
+        self, prompt: Sequence[int], new: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> str:
+        """Returns the text that `new` adds to a prompt.
 
-        A character may span tokens; its text is held back until it is whole. The pieces joined
-        are `decode` of all the ids.
+        It is the text of the prompt and the new ids, less the text of the prompt. `decode(new)`
+        may differ: many tokenizers drop the space before the first token that they decode.
 
         Args:
-          ids: for instance a generator that decodes a model step by step.
+          prompt: ids of the prompt; only the last few are decoded.
+          new: ids that follow it.
           skip_special_tokens: leave special tokens out of the text.
 
         Raises:
-          ValueError: an id is not in the vocabulary.
+          ValueError: an id is negative.
         """
-        stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
-        seen: list[int] = []
-        num_shown = 0
+        context = self._decoder.context(prompt, skip_special=skip_special_tokens)
+        return text_stream.after(
+            self.decode(context, skip_special_tokens=skip_special_tokens),
+            self.decode([*context, *new], skip_special_tokens=skip_special_tokens),
+        )
+
+    def decode_stream(
+        self,
+        ids: Iterable[int],
+        *,
+        prompt: Sequence[int] = (),
+        skip_special_tokens: bool = False,
+    ) -> Iterator[str]:
+        """Yields the text of ids as they come, never half a character.
+
+        A character may span tokens; its text is held back until it is whole. Byte-fallback
+        tokenizers hold back a run of byte tokens until it ends, since one invalid byte spoils
+        all of it. The pieces joined are `decode(ids)`, or `continuation(prompt, ids)`.
+
+        Args:
+          ids: for instance a generator that decodes a model step by step.
+          prompt: ids that come before; their text is not yielded.
+          skip_special_tokens: leave special tokens out of the text.
+
+        Raises:
+          ValueError: an id is negative.
+        """
+        stream = text_stream.TextStream(self._decoder, prompt, skip_special=skip_special_tokens)
         for i in ids:
-            seen.append(self._check(int(i)))
-            if piece := stream.step(self._tokenizer, seen[-1]):
-                num_shown += len(piece)
+            if piece := stream.push(int(i)):
                 yield piece
-        if rest := self.decode(seen, skip_special_tokens=skip_special_tokens)[num_shown:]:
+        if rest := stream.finish():
             yield rest
 
     def apply_chat_template(
@@ -143,11 +169,6 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template failed: {error}") from error
-
-    def _check(self, i: int) -> int:
-        if not 0 <= i < self.vocab_size:
-            raise ValueError(f"token id {i} is not in the vocabulary of {self.vocab_size}")
-        return i
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
