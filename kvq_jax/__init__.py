@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV-cache quantization for JAX.
 
-The core needs jax and numpy. `models`, `generate`, `calibrate` and `Sampling` bring Flax in and are
-imported when they are first used.
+The core needs jax and numpy. `models`, `generate`, `stream`, `calibrate` and `Sampling` bring Flax
+in and are imported when they are first used.
 """
 
 import importlib
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         load_calibration,
         save_calibration,
     )
-    from kvq_jax.decoding.generation import Generation, generate
+    from kvq_jax.decoding.generation import Generation, generate, stream
     from kvq_jax.decoding.sampling import Sampling
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "select_rows",
     "sink",
     "squat",
+    "stream",
     "svdq",
     "tokennorm",
     "transform_coding",
@@ -99,6 +100,7 @@ _LAZY = {
     "save_calibration": "kvq_jax.calibration",
     "Calibration": "kvq_jax.calibration",
     "generate": "kvq_jax.decoding.generation",
+    "stream": "kvq_jax.decoding.generation",
     "Generation": "kvq_jax.decoding.generation",
     "Sampling": "kvq_jax.decoding.sampling",
 }

@@ -258,9 +258,7 @@ _LARGE = np.finfo(np.float32).max.item()
 _ALL = np.iinfo(np.int32).max
 _FIELDS = {
     "temperature": _Field(_REAL, np.float32, _LARGE, 0.0, lambda x: 0 <= x < math.inf, "0 or more"),
-    "top_k": _Field(
-        _INTEGER, np.int32, _ALL, _ALL, lambda x: x >= 1, "at least 1, or None for all"
-    ),
+    "top_k": _Field(_INTEGER, np.int32, _ALL, _ALL, lambda x: x >= 1, "at least 1"),
     "top_p": _Field(_REAL, np.float32, 1.0, 1.0, lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": _Field(_REAL, np.float32, 1.0, 0.0, lambda x: 0 <= x <= 1, "0 to 1"),
 }

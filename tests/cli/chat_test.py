@@ -70,7 +70,7 @@ def test_full_cache_is_said_and_survived(chat):
     assert len(result.out.splitlines()) >= 2
 
 
-@pytest.mark.parametrize("where", ["builtins.input", "kvq_jax.decoding.generation.generate"])
+@pytest.mark.parametrize("where", ["builtins.input", "kvq_jax.decoding.generation.stream"])
 def test_interrupt_ends_it(chat, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import kvq_jax as kvq
-from kvq_jax.decoding import generation, steps
+from kvq_jax.decoding import loop, steps
 from kvq_jax.decoding.sampling import per_row, sample
-from kvq_jax.models import init_states, load_decoder
+from kvq_jax.models import LoadedModel, Tokenizer, init_states, load_decoder
 
 FOLDER = Path(__file__).parents[1] / "models" / "golden" / "families" / "llama"
 OTT = kvq.ott(group_size=32, residual_length=16, untraced_layers=0)
@@ -131,6 +132,7 @@ def test_buckets(length, expected):
         ([[1]], {"method": "kivi"}, r"method must be a cache such as kvq\.kivi\(\), got 'kivi'"),
         ([[1]], {"method": kvq.dense}, r"a cache such as kvq\.dense\(\), got <function dense"),
         ([[1]], {"method": 2}, r"method must be a cache such as kvq\.ott\(\), got 2"),
+        ([[1]], {"stop_strings": "."}, "a bare decoder has no text: stop_strings needs a model"),
         ([[1]], {"stop_tokens": ["\n"]}, "stop_tokens takes token ids"),
         ([[1]], {"sampling": 0.7}, "sampling must be a Sampling"),
         ([[1]], {"seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
@@ -158,7 +160,7 @@ def test_logits_that_are_not_finite_are_an_error():
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_the_error_names_the_step_whose_logits_were_not_finite(decoder, monkeypatch, step):
     """Row 1 breaks; the steps before it are shown, the one under way is not."""
-    drawing_step = generation.drawing_step
+    drawing_step = loop.drawing_step
 
     def breaking(*args):
         run = drawing_step(*args)
@@ -170,7 +172,7 @@ def test_the_error_names_the_step_whose_logits_were_not_finite(decoder, monkeypa
 
         return broken
 
-    monkeypatch.setattr(generation, "drawing_step", breaking)
+    monkeypatch.setattr(loop, "drawing_step", breaking)
     shown = []
     with pytest.raises(FloatingPointError, match=f"row 1 are not finite at new token {step}:"):
         kvq.generate(decoder, prompts(5, 5), max_new_tokens=8, on_tokens=shown.append)
@@ -252,11 +254,11 @@ def test_a_step_runs_before_the_last_tokens_are_read(decoder, monkeypatch, new_t
         step = drawing_step(*args)
         return lambda *args: (events.append("step"), step(*args))[1]
 
-    drawing_step = generation.drawing_step
+    drawing_step = loop.drawing_step
     prompt = prompts(5)
     free = kvq.generate(decoder, prompt, max_new_tokens=7, seed=1, sampling=DRAWN).tokens[0]
     assert len(set(free)) == 7  # so that a stop token ends at its own step
-    monkeypatch.setattr(generation, "drawing_step", traced)
+    monkeypatch.setattr(loop, "drawing_step", traced)
     result = kvq.generate(
         decoder,
         prompt,
@@ -302,3 +304,96 @@ def test_rows_end_at_their_own_lengths(decoder):
     result = kvq.generate(decoder, batch, max_new_tokens=[9, 4], on_tokens=shown.append)
     assert result.tokens == [free[0], free[1][:4]]
     assert np.stack(shown)[:, 1].tolist() == free[1][:4] + [-1] * 5
+
+
+@pytest.fixture(scope="module")
+def model(decoder):
+    """The decoder with a tokenizer of Llama 2's kind, which drops a space that comes first."""
+    pieces = [f"{'' if i % 3 else '▁'}{chr(97 + i % 26)}{i}" for i in range(1, 128)]
+    vocab = {piece: i for i, piece in enumerate(["<unk>", *pieces])}
+    wrapped = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    wrapped.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(content=" ", left=1),
+        ]
+    )
+    return LoadedModel(decoder, decoder.config, Tokenizer(wrapped))
+
+
+def test_texts_join_on_to_their_prompts(model):
+    batch = prompts(5, 9)
+    result = kvq.generate(model, batch, method=kvq.dense(), max_new_tokens=12)
+    for prompt, new, text in zip(batch, result.tokens, result.texts, strict=True):
+        assert model.tokenizer.decode(prompt) + text == model.tokenizer.decode(prompt + new)
+    assert any(text.startswith(" ") for text in result.texts)
+
+
+def test_streams_give_the_text_of_generate(model):
+    batch, options = prompts(5, 9), dict(method=kvq.dense(), max_new_tokens=12, sampling=DRAWN)
+    expected = kvq.generate(model, batch, seed=[3, 4], **options)
+    texts = ["", ""]
+    for row, piece in (pairs := Returned(kvq.stream(model, batch, seed=[3, 4], **options))):
+        assert piece
+        texts[row] += piece
+    assert texts == expected.texts == pairs.value.texts
+    assert pairs.value.tokens == expected.tokens
+    pieces = list(kvq.stream(model, batch[1], seed=4, **options))
+    assert "".join(pieces) == texts[1]
+    assert len(pieces) == 12
+
+
+def test_stop_strings_end_rows(model):
+    batch, options = prompts(5, 9), dict(method=kvq.dense(), max_new_tokens=12)
+    free = kvq.generate(model, batch, **options)
+    # From the last digit of a token into the next token.
+    heads = [model.tokenizer.continuation(batch[0], free.tokens[0][:n]) for n in (1, 2)]
+    stop = free.texts[0][len(heads[0]) - 1 : len(heads[1]) - 1]
+    assert stop not in heads[0]
+    stops = [[stop], ["never there"]]
+    result = kvq.generate(model, batch, stop_strings=stops, **options)
+    assert result.texts == [heads[0][:-1], free.texts[1]]
+    assert result.tokens == [free.tokens[0][:2], free.tokens[1]]
+    pieces = list(kvq.stream(model, batch, stop_strings=stops, **options))
+    assert "".join(piece for row, piece in pieces if row == 0) == heads[0][:-1]
+    assert "".join(piece for row, piece in pieces if row == 1) == free.texts[1]
+
+
+def test_a_stream_that_is_closed_frees_the_cache(model, monkeypatch):
+    ran = []
+
+    def traced(*args):
+        step = drawing_step(*args)
+        return lambda *args: (ran.append(1), step(*args))[1]
+
+    drawing_step = loop.drawing_step
+    monkeypatch.setattr(loop, "drawing_step", traced)
+    options = dict(method=kvq.dense(), max_new_tokens=99, capacity=4321)
+    pieces = kvq.stream(model, prompts(5)[0], **options)
+    for _ in zip(range(5), pieces, strict=False):
+        pass
+    held = [x for x in jax.live_arrays() if 4321 in x.shape]
+    assert held
+    del held
+    pieces.close()
+    assert not [x for x in jax.live_arrays() if 4321 in x.shape]
+    assert len(ran) <= 7
+    assert list(pieces) == []
+
+
+def test_streams_check_their_arguments_at_the_call(decoder, model, as_users_run_it):
+    with pytest.raises(ValueError, match="a bare decoder has no text: stream needs a model"):
+        kvq.stream(decoder, [1])
+    with pytest.raises(ValueError, match="token id 128 is not in"):
+        kvq.stream(model, [128])
+
+
+class Returned:
+    """A generator that keeps what it returns."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        self.value = yield from self.generator
