@@ -96,8 +96,8 @@ class Decoding:
             name = "stream" if streams else "stop_strings"
             raise ValueError(f"a bare decoder has no text: {name} needs a model with a tokenizer")
         self.rows = [
-            Row(prompt, self._tokenizer, *of_row, streams=streams)
-            for prompt, *of_row in zip(self._prompts, limits, ids, strings, strict=True)
+            Row(prompt, self._tokenizer, limit, ends, texts, streams=streams)
+            for prompt, limit, ends, texts in zip(self._prompts, limits, ids, strings, strict=True)
         ]
         self._steps = _positive("steps_per_call", steps_per_call)
         # The last new token is returned, not fed back.

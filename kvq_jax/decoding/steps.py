@@ -77,12 +77,12 @@ class Drawn(NamedTuple):
     Attributes:
       tokens: one of each row.
       finite: False for a row whose logits were not.
-      index: how many new tokens of the row came before; it is folded into the row's key.
+      number: how many new tokens of the row came before; it is folded into the row's key.
     """
 
     tokens: Int[Array, "*S B"]
     finite: Bool[Array, "*S B"]
-    index: Int[Array, "*S B"]
+    number: Int[Array, "*S B"]
 
 
 def begin(
@@ -218,7 +218,7 @@ def _jitted_drawing_step(structure: Any, method: CacheTransform, steps: int) -> 
         def one(carry, _):
             states, last = carry
             hidden, states = decoder(last.tokens[:, None], states, method)
-            drawn = _draw(decoder.logits(hidden[:, -1]), sampling, last.index + 1)
+            drawn = _draw(decoder.logits(hidden[:, -1]), sampling, last.number + 1)
             return (states, drawn), drawn
 
         if steps == 1:

@@ -167,7 +167,7 @@ def test_the_error_names_the_step_whose_logits_were_not_finite(decoder, monkeypa
 
         def broken(states, last, sampling):
             last, drawn, states = run(states, last, sampling)
-            broke = (drawn.index >= step) & jnp.array([False, True])
+            broke = (drawn.number >= step) & jnp.array([False, True])
             return last, drawn._replace(finite=drawn.finite & ~broke), states
 
         return broken
