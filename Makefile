@@ -30,7 +30,7 @@ test-oldest: OLDEST = $(shell sed -n 's/^  "jax>=\(.*\)",/\1/p' pyproject.toml)
 test-oldest:
 	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/installed
 	$(VENV)-oldest/bin/pip install --quiet jax==$(OLDEST) jaxlib==$(OLDEST)
-	$(VENV)-oldest/bin/python -m pytest tests/engines tests/kernels tests/generation_test.py
+	$(VENV)-oldest/bin/python -m pytest tests/engines tests/kernels tests/decoding/generation_test.py
 
 # What only a Hopper GPU can show; without one it fails.
 test-gpu: $(VENV)/installed

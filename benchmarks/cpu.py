@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvq_jax as kvq
-from kvq_jax.generation import decode_step
+from kvq_jax.decoding.steps import decode_step
 from kvq_jax.models import init_states
 
 METHODS = {"dense": kvq.dense(), "kivi": kvq.kivi(residual_length=32), "ott": kvq.ott()}

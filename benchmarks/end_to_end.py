@@ -45,10 +45,17 @@ import numpy as np
 from flax import nnx
 
 import kvq_jax as kvq
-from kvq_jax.generation import Drawn, cache_nbytes, drawing_step, pad, prefill, round_capacity
+from kvq_jax.decoding.sampling import per_row
+from kvq_jax.decoding.steps import (
+    Drawn,
+    cache_nbytes,
+    drawing_step,
+    pad,
+    prefill,
+    round_capacity,
+)
 from kvq_jax.models import Decoder, DecoderConfig, init_states
 from kvq_jax.models.shapes import SHAPES
-from kvq_jax.sampling import Sampling
 
 METHODS = {"dense": kvq.dense(), "ott": kvq.ott()}
 LLAMA_3_8B = SHAPES["llama-3-8b"]
@@ -249,17 +256,17 @@ def time_decode(
     logits, row, _ = jax.device_get(prefilled(decoder, method, context, capacity))
     states = replicated(row, batch)
     del row
-    key = jax.random.key(0)
     first = jnp.full(batch, logits.argmax(), jnp.int32)
-    drawn = Drawn(first, jnp.isfinite(logits).all(-1).repeat(batch), jnp.zeros((), jnp.int32))
-    step = drawing_step(decoder, method, Sampling(), [context] * batch)
+    drawn = Drawn(first, jnp.isfinite(logits).all(-1).repeat(batch), jnp.zeros(batch, jnp.int32))
+    step = drawing_step(decoder, method, [context] * batch)
+    greedy = per_row(None, 0, batch)
 
     def run(steps: int) -> list[float]:
         """Returns the seconds of each step."""
         nonlocal drawn, states
         times = [time.perf_counter()]
         for _ in range(steps):
-            previous, (drawn, _, states) = drawn, step(states, drawn, key)
+            previous, (drawn, _, states) = drawn, step(states, drawn, greedy)
             if not jax.device_get(previous).finite.all():
                 raise FloatingPointError("the logits are not finite")
             times.append(time.perf_counter())

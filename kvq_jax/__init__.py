@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV-cache quantization for JAX.
 
-The core needs jax and numpy. `models`, `generate`, `calibrate` and `Sampling` bring Flax in and are
-imported when they are first used.
+The core needs jax and numpy. `models`, `generate`, `stream`, `calibrate` and `Sampling` bring Flax
+in and are imported when they are first used.
 """
 
 import importlib
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
         load_calibration,
         save_calibration,
     )
-    from kvq_jax.generation import Generation, generate
-    from kvq_jax.sampling import Sampling
+    from kvq_jax.decoding.generation import Generation, generate, stream
+    from kvq_jax.decoding.sampling import Sampling
 
 __all__ = [
     "KV",
@@ -85,6 +85,7 @@ __all__ = [
     "select_rows",
     "sink",
     "squat",
+    "stream",
     "svdq",
     "tokennorm",
     "transform_coding",
@@ -98,9 +99,10 @@ _LAZY = {
     "load_calibration": "kvq_jax.calibration",
     "save_calibration": "kvq_jax.calibration",
     "Calibration": "kvq_jax.calibration",
-    "generate": "kvq_jax.generation",
-    "Generation": "kvq_jax.generation",
-    "Sampling": "kvq_jax.sampling",
+    "generate": "kvq_jax.decoding.generation",
+    "stream": "kvq_jax.decoding.generation",
+    "Generation": "kvq_jax.decoding.generation",
+    "Sampling": "kvq_jax.decoding.sampling",
 }
 
 

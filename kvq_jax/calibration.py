@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from kvq_jax.base import KV, CacheSpec, CacheTransform, Implementation, Params, State
 from kvq_jax.codecs.base import Sample
+from kvq_jax.decoding.generation import generate
+from kvq_jax.decoding.sampling import Sampling
 from kvq_jax.engines import Window
-from kvq_jax.generation import generate
 from kvq_jax.kernels.decode_attention import plain
 from kvq_jax.methods.dense import Dense, dense
 from kvq_jax.models import Decoder, DecoderConfig, Layer, LoadedModel, init_states
 from kvq_jax.models.layers import rope_frequencies
-from kvq_jax.sampling import Sampling
 
 
 class Calibration(NamedTuple):

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from kvq_jax import aot, generation
+from kvq_jax import aot
 from kvq_jax.base import CacheSpec, CacheTransform, nbytes
+from kvq_jax.decoding import steps
 from kvq_jax.engines import Layered, Window
 from kvq_jax.kernels.decode_attention import tpu
 from kvq_jax.models import Decoder, DecoderConfig, init_states
@@ -208,7 +209,7 @@ def decode_step(
     states: tuple[Any, ...],
     tokens: Int[Array, "B 1"],
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Is `generation.decode_step` as a function of arrays: what `fits` compiles.
+    """Is `steps.decode_step` as a function of arrays: what `fits` compiles.
 
     Args:
       config: of the model.
@@ -220,7 +221,7 @@ def decode_step(
     """
     structure = jax.tree.structure(_abstract_decoder(config, dtype))
     decoder = jax.tree.unflatten(structure, params)
-    return generation.decode_step(decoder, method)(states, tokens)
+    return steps.decode_step(decoder, method)(states, tokens)
 
 
 def _as_on_tpu(config: DecoderConfig, method: CacheTransform, dtype: Any) -> CacheTransform:

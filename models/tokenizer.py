@@ -109,6 +109,17 @@ class Tokenizer:
             self.decode([*context, *new], skip_special_tokens=skip_special_tokens),
         )
 
+    def start_stream(
+        self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = False
+    ) -> text_stream.TextStream:
+        """Returns a stream that takes ids one at a time; see `decode_stream`.
+
+        Args:
+          prompt: ids that come before; their text is not given.
+          skip_special_tokens: leave special tokens out of the text.
+        """
+        return text_stream.TextStream(self._decoder, prompt, skip_special=skip_special_tokens)
+
     def decode_stream(
         self,
         ids: Iterable[int],
@@ -130,7 +141,7 @@ class Tokenizer:
         Raises:
           ValueError: an id is negative.
         """
-        stream = text_stream.TextStream(self._decoder, prompt, skip_special=skip_special_tokens)
+        stream = self.start_stream(prompt, skip_special_tokens=skip_special_tokens)
         for i in ids:
             if piece := stream.push(int(i)):
                 yield piece

@@ -96,7 +96,7 @@ def test_heads_that_share_a_basis_stay_on_one_chip(answer):
 def test_the_step_is_that_of_generation(getkey):
     from flax import nnx
 
-    from kvq_jax.generation import decode_step
+    from kvq_jax.decoding.steps import decode_step
 
     config = DecoderConfig(64, 32, 2, 4, 2, 16, 48, 256, 1e-5, 1e4)
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))

@@ -26,9 +26,8 @@ ALLOWED["rope"] = {"rope"}
 ALLOWED["rows"] = {"base", "rows"}
 ALLOWED["sharding"] = {"base", "engines", "sharding"}
 ALLOWED["models"] = {"base", "rope", "models"}
-ALLOWED["sampling"] = {"sampling"}
 ALLOWED["aot"] = {"aot"}
-TOP = {"allocation", "calibration", "measure", "generation", "fits", "cli"}
+TOP = {"allocation", "calibration", "measure", "decoding", "fits", "cli"}
 
 
 def modules():

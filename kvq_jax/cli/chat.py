@@ -49,7 +49,7 @@ def chat(
     loaded = terminal.load_model(model, dtype)
     caches, fitted = options.load_fitted(params, {method: cache}, loaded.config)
 
-    from kvq_jax.generation import generate
+    from kvq_jax.decoding.generation import stream
 
     first = [] if system is None else [{"role": "system", "content": system}]
     messages = list(first)
@@ -78,21 +78,18 @@ def chat(
             )
             continue
 
-        def run(on_tokens, ids=ids, room=room):
-            return generate(
+        try:
+            pieces = stream(
                 loaded,
-                [ids],
+                ids,
                 method=caches[method],
                 params=fitted.get(method),
                 max_new_tokens=min(max_new_tokens, room),
                 sampling=sampling,
                 seed=seed + len(ids),
                 capacity=capacity,
-                on_tokens=on_tokens,
             )
-
-        try:
-            answer = terminal.stream(loaded.tokenizer, run).texts[0]
+            answer = terminal.stream(pieces).texts[0]
         except KeyboardInterrupt:
             break
         messages = [*asked, {"role": "assistant", "content": answer}]

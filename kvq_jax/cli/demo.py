@@ -69,7 +69,8 @@ def demo() -> None:
 def show_text(loaded: "LoadedModel", caches: dict[str, "CacheTransform"]) -> None:
     """Answers one question with each cache, side by side."""
     from kvq_jax.base import nbytes
-    from kvq_jax.generation import CAPACITY_STEP, generate
+    from kvq_jax.decoding.generation import generate
+    from kvq_jax.decoding.steps import CAPACITY_STEP
 
     text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": _QUESTION}])
     ids = loaded.tokenizer.encode(text, add_special_tokens=False)
@@ -98,7 +99,7 @@ def show_memory(decoder: "Decoder", caches: dict[str, "CacheTransform"]) -> None
     """Shows what each cache takes at some lengths, without making any."""
     import jax.numpy as jnp
 
-    from kvq_jax.generation import cache_nbytes
+    from kvq_jax.decoding.steps import cache_nbytes
 
     table = Table("tokens")
     for name in caches:

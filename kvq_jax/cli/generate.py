@@ -2,7 +2,7 @@
 """kvq generate: continue a prompt."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,10 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End before this text; give it several times for several texts."),
+    ] = None,
     json: options.Json = False,
     bits: options.Bits = None,
     value_bits: options.ValueBits = None,
@@ -53,31 +57,32 @@ def generate(
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ids = tokenizer.encode(text, add_special_tokens=not chat)
+    if not ids:
+        raise ValueError("the prompt has no tokens")
     caches, fitted = options.load_fitted(params, {method: cache}, loaded.config)
 
     from kvq_jax.base import nbytes
-    from kvq_jax.generation import cache_nbytes, round_capacity
-    from kvq_jax.generation import generate as decode
+    from kvq_jax.decoding import generation as decoding
+    from kvq_jax.decoding.steps import cache_nbytes, round_capacity
     from kvq_jax.methods import dense
 
     if capacity is None:
         # As `generate` does; said here because the dense cache is compared at this capacity.
         capacity = round_capacity(len(ids) + max_new_tokens - 1)
 
-    def run(on_tokens=None):
-        return decode(
-            loaded,
-            [ids],
-            method=caches[method],
-            params=fitted.get(method),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            capacity=capacity,
-            on_tokens=on_tokens,
-        )
-
-    generation = run() if json else terminal.stream(tokenizer, run)
+    settings: dict[str, Any] = {
+        "method": caches[method],
+        "params": fitted.get(method),
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "seed": seed,
+        "stop_strings": stop,
+        "capacity": capacity,
+    }
+    if json:
+        generation = decoding.generate(loaded, ids, **settings)
+    else:
+        generation = terminal.stream(decoding.stream(loaded, ids, **settings))
     figures = {
         "text": generation.texts[0],
         "tokens": generation.tokens[0],

@@ -102,7 +102,7 @@ def trace_prompt(decoder: "Decoder", ids: list[int], method: "Window") -> Trace:
     import jax.numpy as jnp
     import numpy as np
 
-    from kvq_jax.generation import pad, prefill
+    from kvq_jax.decoding.steps import pad, prefill
     from kvq_jax.methods import dense
     from kvq_jax.models import init_states
 

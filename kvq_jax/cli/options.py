@@ -10,8 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from kvq_jax.base import CacheTransform, Params
+    from kvq_jax.decoding.sampling import Sampling
     from kvq_jax.models import DecoderConfig
-    from kvq_jax.sampling import Sampling
 
 UsageError: Any = typer.BadParameter.__bases__[0]
 """A wrong call of a command. typer exports only BadParameter, which adds words of its own."""
@@ -162,7 +162,7 @@ def make_sampling(
     Raises:
       UsageError: for a value out of range, or a filter that would have no effect.
     """
-    from kvq_jax.sampling import Sampling
+    from kvq_jax.decoding.sampling import Sampling
 
     filters = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
     useless = [flag for flag, value in filters.items() if value is not None]

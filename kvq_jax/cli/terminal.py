@@ -5,19 +5,17 @@ import contextlib
 import gzip
 import json
 import math
-import queue
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from kvq_jax.generation import Generation
-    from kvq_jax.models import LoadedModel, Tokenizer
+    from kvq_jax.decoding.generation import Generation
+    from kvq_jax.models import LoadedModel
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -87,36 +85,23 @@ def working(text: str, *, quiet: bool = False) -> Iterator[None]:
         yield
 
 
-def stream(tokenizer: "Tokenizer", run: Callable[[Callable], "Generation"]) -> "Generation":
-    """Prints the text of row 0 while it is generated, whole characters only.
+def stream(pieces: "Generator[str, None, Generation]") -> "Generation":
+    """Prints the text of one prompt while it is generated.
 
     Args:
-      tokenizer: of the model.
-      run: calls `generate` with the `on_tokens` that it is given.
+      pieces: from `kvq_jax.stream`.
+
+    Returns:
+      What `pieces` return.
     """
-    tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-
-    def show() -> None:
-        for piece in tokenizer.decode_stream(iter(tokens.get, None), skip_special_tokens=True):
+    with contextlib.closing(pieces):
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                print(flush=True)
+                return end.value
             print(piece, end="", flush=True)
-
-    # `generate` pushes tokens, `decode_stream` pulls them: hence a thread. It is the one that
-    # prints, so that Ctrl-C reaches the one that computes.
-    with ThreadPoolExecutor(1) as pool:
-        printer = pool.submit(show)
-
-        def on_tokens(new) -> None:
-            if printer.done():
-                printer.result()  # raises what stopped it, such as a closed pipe
-            tokens.put(int(new[0]))
-
-        try:
-            generation = run(on_tokens)
-        finally:
-            tokens.put(None)
-        printer.result()
-    print(flush=True)
-    return generation
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import kvq_jax
-from kvq_jax.generation import generate
+from kvq_jax.decoding.generation import generate
 from kvq_jax.models import load
 
 SHORT = ("--method", "dense", "--max-new-tokens", 6, "--capacity", 256, "--temperature", 1.5)
@@ -70,7 +70,7 @@ def test_full_cache_is_said_and_survived(chat):
     assert len(result.out.splitlines()) >= 2
 
 
-@pytest.mark.parametrize("where", ["builtins.input", "kvq_jax.generation.generate"])
+@pytest.mark.parametrize("where", ["builtins.input", "kvq_jax.decoding.generation.stream"])
 def test_interrupt_ends_it(chat, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ import typer
 
 import kvq_jax
 from kvq_jax.cli import options, terminal
-from kvq_jax.generation import generate
+from kvq_jax.decoding.generation import generate
 from kvq_jax.models import load
 
 PROMPT = "The keeper wound the clockwork that turned the lens, and the lens turned."
@@ -183,12 +183,12 @@ def test_unexpected_errors_are_not_hidden(kvq, monkeypatch):
         kvq("generate", PROMPT)
 
 
-def test_interrupt_exits_130_and_ends_the_printer(kvq, tiny, monkeypatch):
-    def interrupted(*_, on_tokens, **__):
-        on_tokens([5])
+def test_interrupt_exits_130(kvq, tiny, monkeypatch):
+    def interrupted(*_, **__):
+        yield "a"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvq_jax.generation.generate", interrupted)
+    monkeypatch.setattr("kvq_jax.decoding.generation.stream", interrupted)
     assert kvq("generate", PROMPT, "--model", tiny).code == 130
 
 
@@ -197,18 +197,28 @@ def test_stream_stops_when_its_reader_is_gone(monkeypatch):
         def write(self, _):
             raise BrokenPipeError
 
-    class Tokenizer:
-        def decode_stream(self, ids, *, skip_special_tokens):
-            return map(str, ids)
+    def pieces():
+        try:
+            yield "a"
+        finally:
+            ended.append(True)
 
-    def run(on_tokens):
-        for _ in range(10**6):
-            on_tokens([7])
-        pytest.fail("nobody stopped it")
-
+    ended = []
     monkeypatch.setattr(sys, "stdout", Closed())
     with pytest.raises(BrokenPipeError):
-        terminal.stream(Tokenizer(), run)
+        terminal.stream(pieces())
+    assert ended
+
+
+def test_stop_strings_end_the_text(kvq, tiny):
+    arguments = ("--max-new-tokens", 30, "--method", "dense")
+    text = run_json(kvq, tiny, *arguments)["text"]
+    stop, other = text[9:12], "never there"
+    expected = text[: text.index(stop)]
+    figures = run_json(kvq, tiny, *arguments, "--stop", stop, "--stop", other)
+    assert figures["text"] == expected
+    result = kvq("generate", PROMPT, "--model", tiny, *arguments, "--stop", stop)
+    assert result.out == expected + "\n"
 
 
 def test_options_of_methods_that_take_them():

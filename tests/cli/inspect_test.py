@@ -7,7 +7,7 @@ from matplotlib import image
 
 import kvq_jax
 from kvq_jax.cli.inspect import Trace, draw, trace_prompt
-from kvq_jax.generation import generate
+from kvq_jax.decoding.generation import generate
 from kvq_jax.models import load
 
 WINDOW = ("--group-size", 32, "--residual-length", 0)
