@@ -28,7 +28,9 @@ ALLOWED["sharding"] = {"base", "engines", "sharding"}
 ALLOWED["models"] = {"base", "rope", "models"}
 ALLOWED["sampling"] = {"sampling"}
 ALLOWED["aot"] = {"aot"}
-TOP = {"allocation", "calibration", "measure", "generation", "fits", "cli"}
+TOP = {"fitting", "measure", "generation", "fits", "cli"}
+# Parts of these that import nothing of the project: anything may import them.
+LEAVES = {"kvq_jax.fitting", "kvq_jax.fitting.allocation"}
 
 
 def modules():
@@ -60,8 +62,11 @@ def test_imports_point_one_way():
             continue
         for other in imported(file):
             target = other.split(".")
+            if other.rpartition(".")[0] in LEAVES:
+                continue
             if target[0] == "kvq_jax" and target[1] not in ALLOWED[part]:
                 wrong.append(f"{name} imports {other}")
+    wrong += [x for x in LEAVES for y in imported(modules()[x]) if y.startswith("kvq_jax")]
     assert not wrong
     assert any("kvq_jax.base" in x for x in imported(ROOT / "kvq_jax/engines/window.py"))
 
