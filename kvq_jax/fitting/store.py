@@ -95,8 +95,11 @@ def save_calibration(path: str | Path, calibration: Calibration) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         folder = Path(scratch) / path.name
         folder.mkdir()  # by the caller's umask; `scratch` itself is for its owner alone
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(folder / _ARRAYS, args=ocp.args.StandardSave(arrays))
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(folder / _ARRAYS, args=ocp.args.StandardSave(arrays))
+        except ValueError as error:  # also for a full disk
+            raise OSError(f"{path} could not be written: {str(error)[:500]}") from error
         description = {"format": FORMAT} | calibration.metadata
         description |= {"arrays": declared, "files": _digests(folder / _ARRAYS)}
         (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False))

@@ -251,3 +251,15 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         kvq.save_calibration(tmp_path / "one", calibration(CQ)._replace(metadata={"x": object()}))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_full_is_an_os_error(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def full(*_args, **_kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(OSError, match=r"one could not be written: .*No space left on device"):
+        kvq.save_calibration(tmp_path / "one", calibration(CQ))
+    assert os.listdir(tmp_path) == []
