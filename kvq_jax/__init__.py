@@ -41,15 +41,10 @@ from kvq_jax.sharding import Sharded
 
 if TYPE_CHECKING:
     from kvq_jax import models
-    from kvq_jax.calibration import (
-        Calibration,
-        calibrate,
-        calibrate_all,
-        load_calibration,
-        save_calibration,
-    )
     from kvq_jax.decoding.generation import Generation, generate, stream
     from kvq_jax.decoding.sampling import Sampling
+    from kvq_jax.fitting.fit import calibrate, calibrate_all
+    from kvq_jax.fitting.store import Calibration, load_calibration, save_calibration
 
 __all__ = [
     "KV",
@@ -94,11 +89,11 @@ __all__ = [
 
 _LAZY = {
     "models": "kvq_jax.models",
-    "calibrate": "kvq_jax.calibration",
-    "calibrate_all": "kvq_jax.calibration",
-    "load_calibration": "kvq_jax.calibration",
-    "save_calibration": "kvq_jax.calibration",
-    "Calibration": "kvq_jax.calibration",
+    "calibrate": "kvq_jax.fitting.fit",
+    "calibrate_all": "kvq_jax.fitting.fit",
+    "load_calibration": "kvq_jax.fitting.store",
+    "save_calibration": "kvq_jax.fitting.store",
+    "Calibration": "kvq_jax.fitting.store",
     "generate": "kvq_jax.decoding.generation",
     "stream": "kvq_jax.decoding.generation",
     "Generation": "kvq_jax.decoding.generation",

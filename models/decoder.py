@@ -210,7 +210,17 @@ def init_states(
 
     Returns:
       A tuple of L states.
+
+    Raises:
+      ValueError: for a transform of another number of layers.
     """
+    # Only a transform that treats each layer by a method of its own has a number of layers.
+    num_layers = getattr(cache, "num_layers", config.num_layers)
+    if num_layers != config.num_layers:
+        raise ValueError(
+            f"the method is for {num_layers} layers, the model has {config.num_layers}: "
+            "give as many bits as the model has layers"
+        )
     spec = cache_spec(config, cache, batch_size, capacity, dtype)
     states = (cache.init(spec, layer=layer) for layer in range(config.num_layers))
     if params is None:

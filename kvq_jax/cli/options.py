@@ -145,7 +145,7 @@ def load_fitted(
         )
     if not needed or folder is None:
         return methods, {}
-    from kvq_jax.calibration import load_calibration
+    from kvq_jax.fitting.store import load_calibration
 
     fitted = {
         name: load_calibration(folder / name, method, config) for name, method in needed.items()

@@ -72,9 +72,11 @@ class Part:
       fits: what there is to fit to: each row's "prompt", "texts" beforehand for all rows, or
         nothing.
       weighs: whether texts are to come with gradients.
+      use_queries: whether texts are to come with queries, for keys.
     """
 
     weighs: bool = False
+    use_queries: bool = False
     fits: Literal["prompt", "texts"] | None = None
 
     @property

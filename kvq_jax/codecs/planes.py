@@ -2,7 +2,6 @@
 """Transform coding: latent channels of a token, each with bits of its own, a plane for each bit."""
 
 import dataclasses
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -105,6 +104,8 @@ class Planes(Codec):
         """Returns NaN in the shapes of one layer's parameters."""
         (counts,) = self.sizes
         width, channels = spec.num_kv_heads * spec.head_dim, max(1, *counts[:1])
+        if channels > width:
+            raise ValueError(f"{channels} latent channels are more than the {width} of a token")
         return PlanesParams(
             mean=jnp.full((1, width), jnp.nan),
             analysis=jnp.full((1, width, channels), jnp.nan, jnp.bfloat16),
@@ -253,29 +254,6 @@ def _search(z: Float[Array, "n D"]) -> tuple[Array, Array, Array]:
         for without, x in zip(nothing, tried, strict=True)
     )
     return mean + offset * spread, step * spread, error * jnp.square(spread)
-
-
-def allot(errors: Float[np.ndarray, "n choices"], budget: int) -> Int[np.ndarray, " n"]:
-    """Returns bits of each channel, of least total error within a budget of bits.
-
-    Bits go one by one to whom they help most, by the lower convex hull of each channel's errors.
-    No choice within the budget is better where that runs out at a corner of a hull.
-
-    Args:
-      errors: of each channel with 0 bits, 1 bit and so on.
-      budget: bits of all.
-    """
-    hull = errors.copy()
-    for i, j in itertools.combinations(range(errors.shape[1]), 2):
-        for k in range(i + 1, j):
-            line = (errors[:, i] * (j - k) + errors[:, j] * (k - i)) / (j - i)
-            hull[:, k] = np.minimum(hull[:, k], line)
-    gains = -np.diff(hull, axis=1)
-    # What sums round to must not let a channel's later bit go before an earlier one.
-    gains = np.minimum.accumulate(gains, axis=1)
-    order = np.argsort(-gains, axis=None, kind="stable")[:budget]
-    order = order[gains.ravel()[order] > 0]
-    return np.bincount(order // gains.shape[1], minlength=len(errors))
 
 
 def make_params(

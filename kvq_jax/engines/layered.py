@@ -50,12 +50,23 @@ class Layered(CacheTransform):
             raise ValueError("methods of single layers must code tokens in the same groups")
 
     @property
+    def num_layers(self) -> int:
+        """Number of layers that have methods; `init_states` compares it with the model's."""
+        return len(self.kinds)
+
+    @property
     def needs_prompt(self) -> bool:
         """Whether one of the methods does; see `CacheTransform`."""
         return any(method.needs_prompt for method in self.methods)
 
     def init(self, spec: CacheSpec, layer: int | None = None) -> LayeredState:
-        """Returns the layer's empty cache; None takes the method of most layers."""
+        """Returns the layer's empty cache; None takes the method of most layers.
+
+        Raises:
+          ValueError: for a layer beyond those that have methods.
+        """
+        if layer is not None and layer >= self.num_layers:
+            raise ValueError(f"layer {layer} has no method: there are {self.num_layers}, one each")
         kind = max(self.kinds, key=self.kinds.count) if layer is None else self.kinds[layer]
         return LayeredState(self.methods[kind].init(spec, layer), kind)
 
@@ -134,7 +145,7 @@ class Layered(CacheTransform):
         return self.methods[0].exact_calls(num_tokens)
 
 
-def kinds_of(items: list[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Returns the distinct items in the order they come, and the index of each."""
+def unique_with_index(items: list[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Returns the distinct items in order of appearance, and the index of each item's own."""
     distinct = tuple(dict.fromkeys(items))
     return distinct, tuple(distinct.index(item) for item in items)

@@ -8,7 +8,7 @@ that are measured.
 Reference: Hariri et al., arXiv 2502.15075.
 
 Parts: KIVI's codecs and window; where layers differ, one for each pair of widths in a `Layered`.
-`kvq_jax.allocation` finds the widths.
+`kvq_jax.fitting.allocation` and `.costs` find the widths.
 
 Differs from the paper: codes are KIVI's, keys per channel, where the paper takes HQQ or Quanto and
 codes the whole cache anew now and then; all groups have one size. With keys per channel
@@ -18,7 +18,7 @@ Bytes of a state: KIVI's, with the layer's bits.
 """
 
 from kvq_jax.base import CacheTransform
-from kvq_jax.engines.layered import Layered, kinds_of
+from kvq_jax.engines.layered import Layered, unique_with_index
 from kvq_jax.engines.outliers import OutlierTracer
 from kvq_jax.engines.window import Window
 from kvq_jax.methods.kivi import kivi
@@ -58,5 +58,5 @@ def adaquant(
         return method(bits, value_bits)
     if isinstance(bits, int) or isinstance(value_bits, int):
         raise ValueError(f"bits must be of all layers or of each, got {bits} and {value_bits}")
-    pairs, kinds = kinds_of(list(zip(bits, value_bits, strict=True)))
+    pairs, kinds = unique_with_index(list(zip(bits, value_bits, strict=True)))
     return Layered(tuple(method(*pair) for pair in pairs), kinds)

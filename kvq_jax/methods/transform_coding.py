@@ -29,15 +29,17 @@ for values, of c channels with b bits in all
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kvq_jax.codecs.base import Sample
-from kvq_jax.codecs.planes import MOST_BITS, Latents, Planes, allot, find_latents, make_params
+from kvq_jax.codecs.planes import MOST_BITS, Latents, Planes, find_latents, make_params
 from kvq_jax.engines.outliers import first_tokens
 from kvq_jax.engines.window import Window
+from kvq_jax.fitting.allocation import allocate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,9 @@ class TransformCoding(Window):
         most = int(self.bits * errors[..., 0].size) - len(latents) * (num_heads + 1)
         if most < 1:
             raise ValueError(f"{self.bits} bits are fewer than marks and rounding alone can take")
-        bits = allot(errors.reshape(-1, errors.shape[-1]), most).reshape(errors.shape[:2])
+        choices = errors.reshape(-1, MOST_BITS + 1)
+        bits = allocate(choices, range(MOST_BITS + 1), most / len(choices), "greedy")
+        bits = np.asarray(bits).reshape(errors.shape[:2])
         made = [make_params(*x) for x in zip(latents, bits, strict=True)]
         params, sizes = zip(*made, strict=True)
         pairs = zip(params[::2], params[1::2], strict=True)
@@ -80,8 +84,12 @@ class TransformCoding(Window):
         return [[list(x) for x in codec.sizes] for codec in (self.key_codec, self.value_codec)]
 
     def with_sizes(self, sizes: Any) -> "TransformCoding":
-        """Returns the method of these sizes; see `Window.with_sizes`."""
-        keys, values = (tuple(tuple(x) for x in layers) for layers in sizes)
+        """Returns the method of these sizes; see `Window.with_sizes`.
+
+        Raises:
+          ValueError: for what `sizes` can't have returned.
+        """
+        keys, values = _counts(sizes)
         return dataclasses.replace(
             self,
             key_codec=dataclasses.replace(self.key_codec, sizes=keys),
@@ -92,6 +100,27 @@ class TransformCoding(Window):
         """Returns what the fit depends on; see `Window.fitted_parts`."""
         plain = dataclasses.replace(self.key_codec, sizes=())
         return [f"{plain} of {self.bits} bits, values {self.value_weight} times"]
+
+
+def _counts(sizes: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Returns how many channels have each bit as tuples: of keys and values, of each layer."""
+
+    def falls(counts: Any) -> bool:
+        return (
+            isinstance(counts, list | tuple)
+            and len(counts) <= MOST_BITS
+            and all(type(n) is int and n > 0 for n in counts)
+            and list(counts) == sorted(counts, reverse=True)
+        )
+
+    right = isinstance(sizes, list | tuple) and len(sizes) == 2
+    right = right and all(isinstance(x, list | tuple) and all(map(falls, x)) for x in sizes)
+    if not right or len(sizes[0]) != len(sizes[1]):
+        raise ValueError(
+            "sizes must be falling counts of channels, for the keys and the values of each layer, "
+            f"got {reprlib.repr(sizes)}"
+        )
+    return tuple(tuple(map(tuple, layers)) for layers in sizes)
 
 
 def transform_coding(

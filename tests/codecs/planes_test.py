@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bit planes: the definition in numpy, holes, what the fit minimises, and the shares of bits."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,8 @@ import pytest
 
 import kvq_jax as kvq
 from kvq_jax.codecs.base import Sample
-from kvq_jax.codecs.planes import Planes, allot, find_latents, make_params
+from kvq_jax.codecs.planes import Planes, find_latents, make_params
+from kvq_jax.fitting.allocation import allocate
 
 B, K, N, S, H = 2, 3, 4, 32, 8
 D = K * H
@@ -30,7 +29,7 @@ def sample(key, num_tokens=2048):
 
 def fitted(key, bits=2.0):
     latents = find_latents(sample(key))
-    share = allot(latents.error, int(bits * D))
+    share = np.array(allocate(latents.error, range(9), bits, "greedy"))
     params, sizes = make_params(latents, share)
     return Planes(sizes=(sizes,)).bind(jax.tree.map(jnp.asarray, params)), share
 
@@ -145,7 +144,8 @@ def test_gradients_tell_what_matters(getkey):
     felt, plain = [], []
     for this in (x, x._replace(gradient=None)):
         latents = find_latents(this)
-        params, _ = make_params(latents, allot(latents.error, 2 * D))
+        share = np.array(allocate(latents.error, range(9), 2, "greedy"))
+        params, _ = make_params(latents, share)
         codec = Planes().bind(jax.tree.map(jnp.asarray, params))
         error = np.asarray(codec.decode(codec.encode(data), jnp.float32) - data)
         error = error.transpose(0, 2, 3, 1, 4).reshape(-1, D)
@@ -153,29 +153,6 @@ def test_gradients_tell_what_matters(getkey):
         plain.append(np.square(error).mean())
     assert felt[0] < 0.8 * felt[1]
     assert plain[1] < 0.8 * plain[0]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_allot_finds_the_best_within_the_budget(seed):
-    rng = np.random.default_rng(seed)
-    gains = -np.sort(-rng.exponential(size=(5, 3)), axis=1)  # convex: then no choice is better
-    errors = 10 - np.pad(gains, ((0, 0), (1, 0))).cumsum(1)
-    for budget in (0, 3, 7, 15, 20):
-        best = min(
-            errors[range(5), list(bits)].sum()
-            for bits in itertools.product(range(4), repeat=5)
-            if sum(bits) <= budget
-        )
-        bits = allot(errors, budget)
-        assert bits.sum() <= budget
-        np.testing.assert_allclose(errors[range(5), bits].sum(), best)
-
-
-def test_allot_sees_past_a_bit_that_saves_little():
-    errors = np.array([[9.0, 8.9, 1.0], [5.0, 3.0, 2.5]])
-    assert allot(errors, 2).tolist() == [2, 0]
-    assert allot(errors, 3).tolist() == [2, 1]
-    assert allot(np.array([[3.0, 3.0, 3.0]]), 2).tolist() == [0], "none that saves nothing"
 
 
 def test_without_any_bits_the_mean_is_left(getkey):

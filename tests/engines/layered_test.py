@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of different methods: each as it is alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 import kvq_jax as kvq
 from kvq_jax.engines import Layered
+from kvq_jax.models import DecoderConfig, init_states
 
 SIZES = {"group_size": 32, "residual_length": 16}
 BITS, VALUE_BITS = (2, 4, 2), (2, 8, 2)
@@ -77,3 +79,16 @@ def test_refuses_what_can_not_be_mixed():
             Layered(others, (0,))
     with pytest.raises(ValueError, match="bits must be of all layers or of each"):
         kvq.adaquant(bits=(2, 4), value_bits=2)
+
+
+def test_each_layer_of_a_model_must_have_a_method():
+    config = DecoderConfig(64, 32, 2, 4, 2, 64, 48, 256, 1e-5, 1e4)
+    for bits in ((2, 4, 8), (2, 4)):
+        method = kvq.adaquant(bits=bits, value_bits=bits)
+        layers = 30 if len(bits) == 2 else 2
+        deep = dataclasses.replace(config, num_layers=layers)
+        message = f"is for {len(bits)} layers, the model has {layers}"
+        with pytest.raises(ValueError, match=message):
+            init_states(deep, method, 1, 64)
+    with pytest.raises(ValueError, match="layer 2 has no method: there are 2"):
+        method.init(SPEC, layer=2)

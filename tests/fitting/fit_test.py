@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: what is recorded, what it is good for, and what is refused."""
+"""Calibration: each layer's own fit, what it is good for, and what is refused."""
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,80 +10,21 @@ import numpy as np
 import pytest
 
 import kvq_jax as kvq
-from kvq_jax import calibration, measure
+from kvq_jax import measure
 from kvq_jax.codecs.base import Sample
-from kvq_jax.models import init_states, load_decoder
-from kvq_jax.models.layers import apply_rope, rope_frequencies
+from kvq_jax.codecs.vector import Vector
+from kvq_jax.fitting import fit
+from kvq_jax.fitting.record import record
+from kvq_jax.fitting.texts import sample_texts
+from kvq_jax.models import init_states
 
-FOLDERS = Path(__file__).parent / "models" / "golden" / "families"
 SIZES = {"group_size": 32, "residual_length": 0}
 CQ = kvq.cq(channels=2, bits=4, iterations=3, **SIZES)
 
 
 @pytest.fixture(scope="module")
-def decoder():
-    return load_decoder(FOLDERS / "llama")
-
-
-@pytest.fixture(scope="module")
-def windows():
-    return np.random.default_rng(0).integers(0, 128, (6, 96)).astype(np.int32)
-
-
-@pytest.fixture(scope="module")
 def fitted(decoder, windows):
     return kvq.calibrate(decoder, windows, CQ, num_tokens=300)
-
-
-def test_what_is_recorded_is_what_a_cache_gets(decoder, windows):
-    tokens = jnp.asarray(windows[:1])
-    states = init_states(decoder.config, kvq.dense(), 1, 96, jnp.float32)
-    _, states = decoder(tokens, states, kvq.dense())
-    positions = jnp.arange(96)[None]
-    for method in (CQ, kvq.svdq(fits="texts", **SIZES)):
-        for recorded, state in zip(
-            calibration.record(
-                decoder, tokens, pre_rope=True, gradients=method.needs_gradients, exact=5
-            ),
-            states,
-            strict=True,
-        ):
-            k = recorded[0].swapaxes(1, 2)
-            k = apply_rope(k, positions, rope_frequencies(decoder.config)).swapaxes(1, 2)
-            np.testing.assert_allclose(k, state.keys, atol=1e-5)
-            np.testing.assert_allclose(recorded[1], state.values, atol=1e-5)
-            assert len(recorded) == (4 if method.needs_gradients else 2)
-
-
-@pytest.mark.parametrize("exact", [0, 12])
-def test_gradients_are_those_of_what_is_seen_from_far(decoder, windows, exact):
-    """By differences of the loss, with one number of a key or value moved."""
-    tokens, at, step = jnp.asarray(windows[:1, :24]), (0, 1, 5, 3), 0.1
-    recorder = calibration._Recorder(exact, tuple(rope_frequencies(decoder.config).tolist()))
-
-    def loss(layer, field, by):
-        states = list(init_states(decoder.config, recorder, 1, 24, jnp.float32))
-        moved = list(states[layer].added)
-        moved[field] = moved[field].at[at].add(by)
-        states[layer] = states[layer]._replace(added=tuple(moved))
-        hidden, _ = decoder(tokens, tuple(states), recorder)
-        log_p = jax.nn.log_softmax(decoder.logits(hidden[:, :-1]))
-        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).sum()
-
-    recorded, all_of_it = (
-        calibration.record(decoder, tokens, pre_rope=True, gradients=True, exact=n)
-        for n in (exact, 0)
-    )
-    for layer, field in ((0, 0), (0, 1), (1, 1)):
-        slope = (loss(layer, field, step) - loss(layer, field, -step)) / (2 * step)
-        gradient = recorded[layer][2 + field][at]
-        np.testing.assert_allclose(gradient, slope, rtol=0.02)
-        assert abs(gradient) > 1e-3, "nothing was tested"
-        assert exact == 0 or abs(gradient / all_of_it[layer][2 + field][at] - 1) > 0.05
-    # The last query that the loss hangs on is at 22.
-    for gradient in recorded[0][2:]:
-        seen = (gradient[0] != 0).any((0, 2))
-        np.testing.assert_array_equal(seen, np.arange(24) <= 22 - exact)
 
 
 def test_weights_are_squared_gradients():
@@ -96,13 +36,13 @@ def test_weights_are_squared_gradients():
 
 def test_fits_each_layer_to_its_own(decoder, windows, fitted):
     assert len(fitted.params) == decoder.config.num_layers
-    assert fitted.about["texts"]["tokens"] == 300
+    assert fitted.metadata["texts"]["tokens"] == 300
     first, second = (layer[0] for layer in fitted.params[:2])
     assert np.isfinite(first).all() and np.abs(first - second).max() > 0.01
     skipped = [sorted({*range(96)} - {0})] * 6  # all but the first token of each window
     everything = kvq.calibrate(decoder, windows, kvq.svdq(fits="texts", **SIZES), num_tokens=9999)
     keys = [
-        calibration.record(decoder, jnp.asarray(w[None]), pre_rope=True, gradients=False)[0][0][0]
+        record(decoder, jnp.asarray(w[None]), pre_rope=True, gradients=False)[0].keys[0]
         for w in windows
     ]
     keys = jnp.concatenate([k[:, i] for k, i in zip(keys, map(jnp.array, skipped), strict=True)], 1)
@@ -126,24 +66,12 @@ def test_generates_twice_from_one_calibration(decoder, fitted):
     assert first.tokens == second.tokens
 
 
-def test_saves_and_loads(decoder, fitted, tmp_path):
-    kvq.save_calibration(tmp_path / "cq", fitted)
-    method = kvq.cq(channels=2, bits=4, iterations=3, group_size=64, residual_length=32)
-    loaded = kvq.load_calibration(tmp_path / "cq", method, decoder.config)
-    assert loaded.about == fitted.about
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, fitted.params)
-    with pytest.raises(ValueError, match="was fitted for the method"):
-        kvq.load_calibration(tmp_path / "cq", kvq.cq(channels=4), decoder.config)
-    other = load_decoder(FOLDERS / "qwen3_qk_norm").config
-    with pytest.raises(ValueError, match="was fitted for the model"):
-        kvq.load_calibration(tmp_path / "cq", CQ, other)
-
-
 def test_refuses_what_does_not_fit(decoder, windows, fitted):
-    with pytest.raises(ValueError, match="fits nothing to texts"):
-        kvq.calibrate(decoder, windows, kvq.kivi())
-    with pytest.raises(ValueError, match="takes windows of token ids, not texts"):
-        kvq.calibrate(decoder, ["some text"], CQ)
+    for method in (kvq.kivi(), kvq.dense(), kvq.Sharded(kvq.kivi())):
+        with pytest.raises(ValueError, match="the method needs no calibration: it fits nothing"):
+            kvq.calibrate(decoder, windows, method)
+    with pytest.raises(ValueError, match="mine needs no calibration"):
+        kvq.calibrate_all(decoder, None, {"cq": CQ, "mine": kvq.ott()})
     with pytest.raises(ValueError, match=r"needs parameters: kvq_jax\.calibrate makes them"):
         kvq.generate(decoder, [[1, 2]], method=CQ)
     with pytest.raises(ValueError, match="cq needs parameters"):
@@ -225,45 +153,21 @@ def test_room_made_ahead_for_layers_of_different_sizes_changes_nothing(decoder, 
     jax.tree.map(np.testing.assert_array_equal, both[True], both[False])
 
 
-def test_saves_and_loads_the_method_that_was_found(decoder, shared_out, tmp_path):
-    kvq.save_calibration(tmp_path / "found", shared_out)
-    wider = kvq.transform_coding(bits=3.0, residual_length=64)
-    loaded = kvq.load_calibration(tmp_path / "found", wider, decoder.config)
-    assert loaded.about == shared_out.about
-    assert loaded.method == wider.with_sizes(shared_out.method.sizes())
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, shared_out.params)
-    for other in (kvq.transform_coding(bits=2.0), kvq.transform_coding(bits=3.0, weighs=False)):
-        with pytest.raises(ValueError, match="was fitted for the method"):
-            kvq.load_calibration(tmp_path / "found", other, decoder.config)
-
-
-def test_the_model_draws_its_own_texts(decoder):
-    windows = calibration.sample_texts(decoder, 2, 40)
-    assert windows.shape == (2, 40)
-    np.testing.assert_array_equal(windows, calibration.sample_texts(decoder, 2, 40))
-    assert (windows != calibration.sample_texts(decoder, 2, 40, seed=1)).mean() > 0.9
-    assert len(set(windows[:, 0].tolist())) == 2
-    fitted = kvq.calibrate(decoder, None, SMALL, context=40, num_tokens=40)
-    assert fitted.about["texts"]["windows"] == 2 and fitted.about["texts"]["context"] == 40
-    expected = kvq.calibrate(decoder, windows, SMALL, num_tokens=40)
-    assert fitted.about == expected.about
-
-
 def test_methods_that_want_the_same_of_texts_share_it(decoder, windows, monkeypatch):
     methods = {"cq": CQ, "svdq": kvq.svdq(fits="texts", **SIZES), "kvquant": kvq.kvquant(**SIZES)}
     alone = {k: kvq.calibrate(decoder, windows, v, num_tokens=300) for k, v in methods.items()}
-    calls, record = [], calibration.record
+    calls = []
 
     def counted(*args, **kwargs):
         calls.append(kwargs["gradients"])
         return record(*args, **kwargs)
 
-    monkeypatch.setattr(calibration, "record", counted)
+    monkeypatch.setattr(fit, "record", counted)
     together = kvq.calibrate_all(decoder, windows, methods, num_tokens=300)
     assert calls == [True] * len(windows) + [False] * len(windows)
     assert list(together) == list(methods)
     for name, one in together.items():
-        assert one.method == alone[name].method and one.about == alone[name].about
+        assert one.method == alone[name].method and one.metadata == alone[name].metadata
         jax.tree.map(np.testing.assert_array_equal, one.params, alone[name].params)
 
 
@@ -280,3 +184,99 @@ def test_bits_and_weights_out_of_range_are_refused(decoder, windows):
     assert kvq.recommended() == kvq.transform_coding()
     with pytest.raises(ValueError, match="can't be on different devices"):
         kvq.Sharded(kvq.recommended())
+
+
+def test_models_that_draw_their_own_texts_are_fitted_to_these(decoder):
+    fitted = kvq.calibrate(decoder, None, SMALL, context=40, num_tokens=40)
+    assert fitted.metadata["texts"]["windows"] == 2 and fitted.metadata["texts"]["context"] == 40
+    expected = kvq.calibrate(decoder, sample_texts(decoder, 2, 40), SMALL, num_tokens=40)
+    assert fitted.metadata == expected.metadata
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
+        ({"num_tokens": -3}, "num_tokens must be at least 1, got -3"),
+        ({"context": 1}, "context must be at least 2 tokens, got 1"),
+        ({"texts": None, "context": 0}, "context must be at least 2 tokens, got 0"),
+        ({"skip_first": -1}, "skip_first must be at least 0, got -1"),
+        ({"skip_first": 96}, "skip_first=96 leaves nothing of windows of 96 tokens"),
+        ({"texts": []}, "texts is empty"),
+        ({"texts": np.full((2, 96), 128)}, "token id 128 is not in the vocabulary of 128 tokens"),
+    ],
+)
+def test_arguments_are_checked_before_any_work(
+    decoder, windows, monkeypatch, arguments, message, as_users_run_it
+):
+    def unexpected(*_args, **_kwargs):
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(fit, "record", unexpected)
+    monkeypatch.setattr(fit, "sample_texts", unexpected)
+    texts = arguments.get("texts", windows)
+    rest = {k: v for k, v in arguments.items() if k != "texts"}
+    with pytest.raises(ValueError, match=message):
+        kvq.calibrate(decoder, texts, CQ, **rest)
+    with pytest.raises(ValueError, match=message):
+        fit.calibrate_each(decoder, texts, {"cq": CQ}, **rest)  # not only when it is iterated over
+
+
+def test_what_is_not_finite_is_refused_by_the_first_window(decoder, windows, monkeypatch):
+    calls = []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        first, second = record(*args, **kwargs)
+        return [first, second._replace(values=second.values.at[0, 0, :, 0].set(jnp.nan))]
+
+    monkeypatch.setattr(fit, "record", broken)
+    with pytest.raises(ValueError, match="the values of layer 1 in window 0 of the texts have NaN"):
+        kvq.calibrate(decoder, windows, CQ, num_tokens=300)
+    assert len(calls) == 1
+
+
+def test_a_method_shared_out_over_devices_is_fitted_as_it_is_alone(decoder, windows, fitted):
+    sharded = kvq.calibrate(decoder, windows, kvq.Sharded(CQ), num_tokens=300)
+    assert sharded.method == kvq.Sharded(CQ)
+    assert sharded.metadata == fitted.metadata
+    jax.tree.map(np.testing.assert_array_equal, sharded.params, fitted.params)
+
+
+def test_each_method_is_there_before_the_next_is_fitted(decoder, windows, monkeypatch):
+    methods = {"cq": CQ, "wrong": dataclasses.replace(SMALL, bits=0.1)}
+    fits = fit.calibrate_each(decoder, windows, methods, num_tokens=100)
+    name, calibration = next(fits)
+    assert name == "cq" and len(calibration.params) == decoder.config.num_layers
+    with pytest.raises(ValueError, match="bits are fewer"):
+        next(fits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking(Vector):
+    """A codec that is fitted with queries, and notes what it was given."""
+
+    use_queries = True
+    given = []  # noqa: RUF012
+
+    def fit(self, sample):
+        self.given.append(sample)
+        return super().fit(sample)
+
+
+def test_queries_come_with_the_keys_they_were_recorded_with(decoder, windows):
+    """At the same positions, and only to a method that asks for them."""
+    Asking.given.clear()
+    codec = Asking(2, 4, iterations=1)
+    method = dataclasses.replace(CQ, key_codec=codec, value_codec=codec)
+    both = kvq.calibrate_all(decoder, windows, {"cq": CQ, "asking": method}, num_tokens=300)
+    keys, values = Asking.given[:2]
+    config = decoder.config
+    assert keys.q.shape == (1, 300, config.num_q_heads, config.head_dim)
+    assert values.q is None
+    window = jnp.asarray(windows[:1])
+    every = record(decoder, window, pre_rope=True, gradients=False, queries=True)[0]
+    ours, recorded = np.asarray(keys.x[0, :50, 0]), np.asarray(every.keys[0, 0])
+    at = np.abs(recorded[:, None] - ours).sum(-1).argmin(0)
+    np.testing.assert_allclose(keys.q[0, :50], every.queries[0].swapaxes(0, 1)[at], atol=1e-5)
+    assert both["cq"].metadata == kvq.calibrate(decoder, windows, CQ, num_tokens=300).metadata
