@@ -221,7 +221,9 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         for i in token_ids(read_optional(folder / name), "eos_token_id", folder / name, vocab_size)
     ]
     if "eos_token" in named:
-        stop_ids.append(tokenizer.token_to_id(named["eos_token"].content))
+        eos = tokenizer.token_to_id(named["eos_token"].content)
+        if eos is not None:
+            stop_ids.append(eos)
     template, template_source = _read_template(folder, settings)
     return Tokenizer(
         tokenizer,

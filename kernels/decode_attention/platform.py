@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On which machine some arrays are, or will be."""
 
+from typing import Any
+
 import jax
 from jax.core import Tracer
 from jax.experimental.pallas import tpu as pltpu
@@ -28,7 +30,7 @@ def is_tpu(*arrays: jax.Array) -> bool:
     return True
 
 
-def _device(arrays: tuple[jax.Array, ...]) -> jax.Device:
+def _device(arrays: tuple[jax.Array, ...]) -> Any:
     for x in arrays:
         if not isinstance(x, Tracer) and hasattr(x, "devices"):
             return next(iter(x.devices()))

@@ -12,7 +12,7 @@ from kvq_jax.codecs.base import Codec
 from kvq_jax.kernels.decode_attention import rules
 
 if TYPE_CHECKING:
-    from kvq_jax.kernels.decode_attention.layouts import Layout
+    from kvq_jax.kernels.decode_attention.layout import Layout
 
 
 class Ring(NamedTuple):

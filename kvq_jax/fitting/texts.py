@@ -40,7 +40,7 @@ def cut_windows(
         raise ValueError("a bare decoder takes windows of token ids, not texts")
     if not all(isinstance(x, str) for x in texts):
         raise ValueError("texts must be all texts or all token ids, got some of both")
-    ids = [model.tokenizer.encode(text) for text in texts]
+    ids = [model.tokenizer.encode(str(text)) for text in texts]
     windows = [x[i : i + context] for x in ids for i in range(0, len(x) - context + 1, context)]
     if not windows:
         raise ValueError(
