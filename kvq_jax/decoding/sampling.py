@@ -5,7 +5,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,13 @@ class Sampling:
 
     Raises:
       ValueError: for a value out of range.
+
+    Example:
+      >>> import kvq_jax as kvq
+      >>> kvq.Sampling(temperature=0.7, top_p=0.9)  # for all rows
+      Sampling(temperature=0.7, top_k=None, top_p=0.9, min_p=None)
+      >>> kvq.Sampling(temperature=[0.0, 1.0])  # two rows: the most likely token, and any
+      Sampling(temperature=(0.0, 1.0), top_k=None, top_p=None, min_p=None)
     """
 
     temperature: float | PerRow = 0.0
@@ -56,7 +63,9 @@ class Sampling:
             object.__setattr__(self, name, value)
 
 
-class RowSampling(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
     """Settings and random key of each row, as arrays: an argument of a jitted function.
 
     Attributes:
@@ -65,13 +74,17 @@ class RowSampling(NamedTuple):
       top_p: 1 keeps all tokens.
       min_p: 0 keeps all tokens.
       key: each draw folds the token's index into it.
+      kind: what some row needs: "greedy" for the most likely token, "plain" for draws, "filtered"
+        for draws with filters. Static, because a GPU's host would wait to learn it from the device
+        in every step; so each kind compiles once, whatever its numbers.
     """
 
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    min_p: Float[Array, " B"]
-    key: Key[Array, " B"]
+    temperature: Any  # Float[Array, " B"]; while JAX takes a pytree apart, it may be anything
+    top_k: Any  # Int[Array, " B"]
+    top_p: Any  # Float[Array, " B"]
+    min_p: Any  # Float[Array, " B"]
+    key: Any  # Key[Array, " B"]
+    kind: Literal["greedy", "plain", "filtered"] = dataclasses.field(metadata={"static": True})
 
 
 def per_row(
@@ -99,8 +112,18 @@ def per_row(
             entries = for_each_row(name, getattr(sampling, name), batch_size)
         else:
             entries = [_of_one(x, name) for x in for_each_row("sampling", sampling, batch_size)]
-        columns[name] = jnp.asarray(field.column(entries))
-    return RowSampling(**columns, key=_row_keys(seed, batch_size))
+        columns[name] = field.column(entries)
+    arrays = {name: jnp.asarray(column) for name, column in columns.items()}
+    return RowSampling(**arrays, key=_row_keys(seed, batch_size), kind=_kind(columns))
+
+
+def _kind(columns: dict[str, np.ndarray]) -> Literal["greedy", "plain", "filtered"]:
+    """Returns what the rows need; see `RowSampling`."""
+    draws = columns["temperature"] > 0
+    if not draws.any():
+        return "greedy"
+    filters = (columns["top_k"] < _ALL) | (columns["top_p"] < 1) | (columns["min_p"] > 0)
+    return "filtered" if (draws & filters).any() else "plain"
 
 
 def sample(
@@ -117,26 +140,22 @@ def sample(
       index: the number of tokens that each row has drawn before.
     """
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
+    if sampling.kind == "greedy":
+        return greedy
     draws = sampling.temperature > 0
-
-    def draw() -> Int[Array, " B"]:
-        # The most likely token at 0: no temperature, however small, makes NaN of it.
-        temperature = jnp.where(draws, sampling.temperature, 1.0)[:, None]
-        kept = _filtered((logits - logits.max(-1, keepdims=True)) / temperature, sampling)
-        keys = jax.vmap(jax.random.fold_in)(sampling.key, index)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return jnp.where(draws, jnp.argmax(kept + noise, -1).astype(jnp.int32), greedy)
-
-    return jax.lax.cond(draws.any(), draw, lambda: greedy)
+    # The most likely token at 0: no temperature, however small, makes NaN of it.
+    temperature = jnp.where(draws, sampling.temperature, 1.0)[:, None]
+    kept = (logits - logits.max(-1, keepdims=True)) / temperature
+    if sampling.kind == "filtered":
+        kept = _filtered(kept, sampling)
+    keys = jax.vmap(jax.random.fold_in)(sampling.key, index)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return jnp.where(draws, jnp.argmax(kept + noise, -1).astype(jnp.int32), greedy)
 
 
 def _filtered(logits: Float[Array, "B V"], sampling: RowSampling) -> Float[Array, "B V"]:
     """Returns the logits with `_DROPPED` for the tokens that the filters drop."""
-    # A filter that no row uses costs nothing.
-    uses_top_k = (sampling.top_k < logits.shape[-1]).any()
-    uses_top_p = (sampling.top_p < 1).any()
-    logits = jax.lax.cond(uses_top_k, _keep_top_k, lambda x, _: x, logits, sampling)
-    logits = jax.lax.cond(uses_top_p, _keep_top_p, lambda x, _: x, logits, sampling)
+    logits = _keep_top_p(_keep_top_k(logits, sampling), sampling)
     share = jnp.maximum(sampling.min_p, np.finfo(np.float32).tiny)
     least = logits.max(-1, keepdims=True) + jnp.log(share)[:, None]
     keep = (logits >= least) | (sampling.min_p == 0)[:, None]
@@ -169,7 +188,8 @@ def _keep_most_likely(
       least: more than 0, `B 1`.
     """
     # As unsigned integers, floats are in order once the sign is turned around.
-    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    positive_zero = jnp.where(logits == 0, 0.0, logits)
+    bits = jax.lax.bitcast_convert_type(positive_zero, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     order = jnp.where(bits < sign, bits | sign, ~bits)
 

@@ -85,9 +85,11 @@ def test_one_compilation_serves_all_prompts_of_a_bucket(decoder):
     assert step._cache_size() == 1
     for length, new in ((64, 90), (33, 3), (1, 200)):
         kvq.generate(decoder, prompts(length), method=method, max_new_tokens=new)
-    for settings in (kvq.Sampling(0.7), kvq.Sampling([0.8], top_p=0.9, min_p=0.1), DRAWN):
-        kvq.generate(decoder, prompts(5), method=method, sampling=settings, seed=[7])
     assert step._cache_size() == 1
+    filtered = kvq.Sampling([0.8], top_p=0.9, min_p=0.1), kvq.Sampling(0.5, top_k=3)
+    for settings in (kvq.Sampling(0.7), DRAWN, *filtered):
+        kvq.generate(decoder, prompts(5), method=method, sampling=settings, seed=[7])
+    assert step._cache_size() == 3  # the most likely token, draws, and draws with filters
     assert steps._prefill_layer._cache_size() == prefills
     kvq.generate(decoder, prompts(65), method=method, max_new_tokens=3)  # the next bucket
     assert steps._prefill_layer._cache_size() > prefills

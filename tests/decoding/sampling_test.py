@@ -144,16 +144,19 @@ def test_settings_come_in_any_form_and_compile_once(as_users_run_it):
     arrays = {k: v if k == "top_k" else np.array(v) for k, v in fields.items() if v is not None}
     expected = per_row(rows, [1, 2], 2)
     logits, zero = jnp.ones((2, 9)), jnp.zeros(2, jnp.int32)
-    step = jax.jit(sample)
+    step = jax.jit(lambda *args: sample(*args))  # with a cache of its own
     for sampling, seed in ((Sampling(**fields), np.array([1, 2])), (Sampling(**arrays), (1, 2))):
         made = per_row(sampling, seed, 2)
-        for got, want in zip(made, expected, strict=True):
+        for got, want in zip(*map(jax.tree.leaves, (made, expected)), strict=True):
             assert got.dtype == want.dtype
             assert (got == want).all()
         step(logits, made, zero)
-    for sampling in (None, Sampling(0.3), Sampling([0.0, 2.0], top_p=[0.3, None])):
+    for sampling in (Sampling([0.4, 2.0], top_p=[0.3, None]), Sampling(0.7, top_k=2, min_p=0.1)):
         step(logits, per_row(sampling, 7, 2), zero)
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1, "what filters"
+    for sampling in (None, Sampling(0.3), Sampling([0.0, 2.0]), Sampling(0.0, top_p=0.5)):
+        step(logits, per_row(sampling, 7, 2), zero)
+    assert step._cache_size() == 3, "what draws without filters, and what doesn't draw"
     assert hash(Sampling(**fields)) == hash(Sampling((0.5, 1.0), (None, 3), None, 0.25))
 
 
